@@ -1,0 +1,1 @@
+"""What this SDK costs beside the official one: `make bench`."""

@@ -1,0 +1,280 @@
+"""The public calls, end to end against the local platform."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from typing import Any
+
+import pydantic
+import pytest
+
+from zamp_sdk import (
+    ActionExecutor,
+    ActionFailedError,
+    ActionStatus,
+    ActionTimeoutError,
+    HttpClientError,
+    MissingConfigError,
+    RetryPolicy,
+)
+from zamp_sdk.action_executor import executor, http_client
+from zamp_sdk.action_executor.wire import Reply
+from zamp_sdk.local_platform import LocalPlatform
+
+
+class Invoice(pydantic.BaseModel):
+    number: int
+
+
+class Checked:
+    """A result type that has the method alone."""
+
+    @classmethod
+    def model_validate(cls, value: Any) -> Checked:
+        checked = cls()
+        checked.value = value
+        return checked
+
+    value: Any
+
+
+@pytest.fixture
+def platform(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalPlatform]:
+    """A running platform, to which the environment points."""
+    platform = LocalPlatform(time_scale=0.001)
+
+    @platform.action
+    def echo(params: Any) -> Any:
+        return params
+
+    @platform.action
+    def fail(params: Any) -> Any:
+        raise ValueError(params)
+
+    @platform.action
+    async def wait(params: Any) -> Any:
+        await asyncio.sleep(params)
+        return "waited"
+
+    with platform:
+        monkeypatch.setenv("ZAMP_BASE_URL", platform.base_url)
+        monkeypatch.setenv("ZAMP_AUTH_TOKEN", platform.auth_token)
+        yield platform
+
+
+async def test_execute_returns_the_result(platform: LocalPlatform) -> None:
+    """An action's result is what execute returns, and its POST and its polls are all that is sent."""
+    assert await ActionExecutor.execute("echo", {"a": [1, "é"]}) == {"a": [1, "é"]}
+    assert [request.method for request in platform.requests[:2]] == ["POST", "GET"]
+
+
+async def test_execute_sends_what_it_is_given(platform: LocalPlatform) -> None:
+    """Every argument arrives, in the wire format, with one idempotency key and our user agent."""
+    await ActionExecutor.execute(
+        "echo",
+        None,
+        summary="s",
+        action_retry_policy=RetryPolicy.default(),
+        action_start_to_close_timeout=timedelta(minutes=10),
+    )
+    post, poll = platform.requests[:2]
+    assert post.body == {
+        "action_name": "echo",
+        "params": None,
+        "is_external_action": True,
+        "summary": "s",
+        "retry_policy": {
+            "initial_interval": "PT30S",
+            "maximum_attempts": 11,
+            "maximum_interval": "PT15M",
+            "backoff_coefficient": 1.5,
+        },
+        "start_to_close_timeout_seconds": 600.0,
+    }
+    assert len(post.headers["idempotency-key"]) == 32
+    assert post.headers["accept"] == poll.headers["accept"] == "application/json"
+    assert post.headers["user-agent"].startswith("zamp-sdk/1.")
+    assert "idempotency-key" not in poll.headers
+
+
+async def test_arguments_win_over_the_environment(platform: LocalPlatform) -> None:
+    """A base URL and a token in the call are used instead of the environment's."""
+    with pytest.raises(HttpClientError) as caught:
+        await ActionExecutor.execute("echo", 1, base_url=platform.base_url + "/v1", auth_token="other")
+    assert caught.value.status_code in (401, 404)
+    assert platform.requests[-1].path == "/v1/actions"
+
+
+async def test_missing_configuration_sends_nothing(platform: LocalPlatform, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a token nothing is sent."""
+    monkeypatch.delenv("ZAMP_AUTH_TOKEN")
+    with pytest.raises(MissingConfigError, match="ZAMP_AUTH_TOKEN is not set"):
+        await ActionExecutor.execute("echo", 1)
+    assert platform.requests == []
+
+
+async def test_bad_params_send_nothing(platform: LocalPlatform) -> None:
+    """What cannot be sent is refused before the network."""
+    with pytest.raises(TypeError, match=r"params\.a: cannot send a set as JSON"):
+        await ActionExecutor.execute("echo", {"a": {1}})
+    assert platform.requests == []
+
+
+async def test_return_type_of_pydantic(platform: LocalPlatform) -> None:
+    """A pydantic model validates the result."""
+    assert await ActionExecutor.execute("echo", {"number": "7"}, return_type=Invoice) == Invoice(number=7)
+
+
+async def test_return_type_that_has_the_method(platform: LocalPlatform) -> None:
+    """A class with model_validate is enough."""
+    checked = await ActionExecutor.execute("echo", [1], return_type=Checked)
+    assert checked.value == [1]
+
+
+async def test_other_return_types_leave_the_result(platform: LocalPlatform) -> None:
+    """Any other type leaves the result as it came."""
+    result: object = await ActionExecutor.execute("echo", {"a": 1}, return_type=list)
+    assert result == {"a": 1}
+
+
+async def test_invalid_result(platform: LocalPlatform) -> None:
+    """A result that the model refuses raises the model's error, with a note that the action did complete."""
+    handle = await ActionExecutor.start("echo", {}, return_type=Invoice)
+    with pytest.raises(pydantic.ValidationError) as caught:
+        await handle.result()
+    if sys.version_info >= (3, 11):
+        assert f"Action {handle.id} did complete" in caught.value.__notes__[0]
+
+
+async def test_failed_action(platform: LocalPlatform) -> None:
+    """An action that fails is a RuntimeError kind with the platform's reason."""
+    with pytest.raises(ActionFailedError, match="ended as FAILED: boom") as caught:
+        await ActionExecutor.execute("fail", "boom")
+    assert isinstance(caught.value, RuntimeError)
+    assert caught.value.status == "FAILED"
+
+
+async def test_handle(platform: LocalPlatform) -> None:
+    """A handle knows its id and its status, and gives the result again and again."""
+    handle = await ActionExecutor.start("wait", 0.2)
+    assert await handle.status() is ActionStatus.RUNNING
+    assert await handle.result() == "waited"
+    polls = len(platform.requests)
+    assert await handle.result() == "waited"
+    assert len(platform.requests) == polls
+    assert await handle.status() is ActionStatus.COMPLETED
+    assert handle.id in repr(handle)
+    assert platform.auth_token not in repr(handle)
+
+
+async def test_collect_elsewhere(platform: LocalPlatform) -> None:
+    """Whoever has the id can collect the result."""
+    started = await ActionExecutor.start("echo", {"number": 7})
+    platform_requests = len(platform.requests)
+    handle = ActionExecutor.get_handle(started.id, return_type=Invoice)
+    assert len(platform.requests) == platform_requests
+    assert await handle.result() == Invoice(number=7)
+
+
+async def test_unknown_id(platform: LocalPlatform) -> None:
+    """An id that the platform does not know is an error at once, with the id."""
+    with pytest.raises(HttpClientError) as caught:
+        await ActionExecutor.get_handle("act-unknown").result()
+    assert (caught.value.status_code, caught.value.action_id) == (404, "act-unknown")
+
+
+async def test_wait_that_is_over(platform: LocalPlatform) -> None:
+    """A timeout names the action, which goes on, and the same handle can wait again."""
+    handle = await ActionExecutor.start("wait", 0.4)
+    with pytest.raises(ActionTimeoutError, match="it goes on") as caught:
+        await handle.result(timeout=timedelta(seconds=0.1))
+    assert isinstance(caught.value, TimeoutError)
+    assert (caught.value.action_id, caught.value.status) == (handle.id, "RUNNING")
+    assert await handle.result(timeout=timedelta(seconds=30)) == "waited"
+
+
+@pytest.mark.parametrize(("timeout", "error"), [(1, TypeError), (timedelta(seconds=-1), ValueError)])
+async def test_bad_timeout(platform: LocalPlatform, timeout: Any, error: type[Exception]) -> None:
+    """A timeout is a timedelta that is not negative."""
+    with pytest.raises(error, match="timeout must"):
+        await ActionExecutor.get_handle("act-1").result(timeout=timeout)
+
+
+async def test_start_that_is_over_already(platform: LocalPlatform, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start whose reply has the result costs no poll."""
+
+    async def completed(*_: Any) -> Any:
+        return Reply(200, {}, b'{"id": "act-1", "status": "COMPLETED", "result": 7}')
+
+    monkeypatch.setattr(http_client, "send", completed)
+    assert await ActionExecutor.execute("echo", 1) == 7
+    assert platform.requests == []
+
+
+async def test_unknown_status(platform: LocalPlatform, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A status that nobody knows is a RuntimeError kind from status() as from result()."""
+
+    async def paused(*_: Any) -> Any:
+        return Reply(200, {}, b'{"id": "act-1", "status": "PAUSED"}')
+
+    monkeypatch.setattr(http_client, "send", paused)
+    handle = ActionExecutor.get_handle("act-1")
+    with pytest.raises(ActionFailedError, match="PAUSED"):
+        await handle.status()
+    with pytest.raises(ActionFailedError, match="PAUSED"):
+        await handle.result()
+
+
+async def test_cancelled_execute_logs_the_id(platform: LocalPlatform, caplog: pytest.LogCaptureFixture) -> None:
+    """A cancelled execute leaves the action running, and says so with its id."""
+    task = asyncio.ensure_future(ActionExecutor.execute("wait", 5))
+    while len(platform.requests) < 2:  # noqa: ASYNC110  # the platform runs in a thread
+        await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert "no longer waiting for action act" in record.getMessage()
+
+
+async def test_cancelled_start_logs_the_doubt(platform: LocalPlatform, caplog: pytest.LogCaptureFixture) -> None:
+    """A start that is cancelled while it is under way says that the action may exist."""
+    task = asyncio.ensure_future(ActionExecutor.start("wait", 0))
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert "may have started all the same" in caplog.text
+
+
+async def test_long_retries_are_logged(
+    platform: LocalPlatform, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A retry that waits longer than is usual is a warning with its reason."""
+    monkeypatch.setattr(executor, "LONG_RETRY", 0.5)
+    platform.fail_next(status=503, retry_after=1)
+    await ActionExecutor.execute("echo", 1)
+    assert "waiting 1 s to try again: starting the action: HTTP 503" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("base_url", "warns"),
+    [
+        ("http://api.example.com", True),
+        ("http://127.0.0.2:1", False),
+        ("http://localhost:1", False),
+        ("http://[::1]:1", False),
+        ("https://api.example.com", False),
+    ],
+)
+def test_plain_http_is_warned_of(base_url: str, warns: bool, caplog: pytest.LogCaptureFixture) -> None:
+    """A token that would travel in the clear is worth one warning for each URL."""
+    executor._warn_of_plain_http.cache_clear()
+    for _ in range(2):
+        ActionExecutor.get_handle("act-1", base_url=base_url, auth_token="s3cret")
+    assert caplog.text.count("is plain http") == warns
+    assert "s3cret" not in caplog.text

@@ -1,0 +1,354 @@
+"""The public face, to the letter, and which module may import which."""
+
+from __future__ import annotations
+
+import ast
+import graphlib
+import inspect
+import subprocess
+import sys
+import typing
+from datetime import timedelta
+from enum import Enum
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import pytest
+
+import zamp_sdk
+import zamp_sdk.action_executor
+import zamp_sdk.action_executor.utils
+from zamp_sdk import ActionExecutor, ActionStatus, RetryPolicy, SdkConfig
+from zamp_sdk.local_platform import LocalPlatform
+
+PACKAGE = Path(__file__).resolve().parent.parent / "zamp_sdk"
+
+# --- the public face --------------------------------------------------------------------------------------------------
+
+RUN_PARAMETERS = (
+    "(action_name: 'str', params: 'Any', *, base_url: 'str | None' = None, auth_token: 'str | None' = None, "
+    "summary: 'str | None' = None, return_type: 'type | None' = None, "
+    "action_retry_policy: 'RetryPolicy | None' = None, action_start_to_close_timeout: 'timedelta | None' = None)"
+)
+
+# What each class offers: its methods' signatures, and "property -> type" for its properties.
+PUBLIC: dict[str, dict[str, str]] = {
+    "ActionExecutor": {
+        "execute": f"{RUN_PARAMETERS} -> 'Any'",
+        "start": f"{RUN_PARAMETERS} -> 'ActionHandle[Any]'",
+        "get_handle": (
+            "(action_id: 'str', *, base_url: 'str | None' = None, auth_token: 'str | None' = None, "
+            "return_type: 'type | None' = None) -> 'ActionHandle[Any]'"
+        ),
+    },
+    "ActionHandle": {
+        "id": "property -> str",
+        "status": "(self) -> 'ActionStatus'",
+        "result": "(self, timeout: 'timedelta | None' = None) -> 'T'",
+    },
+    "RetryPolicy": {"default": "() -> 'RetryPolicy'"},
+    "SdkConfig": {
+        "resolve": "(base_url: 'str | None', auth_token: 'str | None') -> 'SdkConfig'",
+    },
+    "LocalPlatform": {
+        "action": "(self, name: 'Any') -> 'Any'",
+        "action_names": "property -> list[str]",
+        "base_url": "property -> str",
+        "drop_next": "(self, times: 'int' = 1) -> 'None'",
+        "fail_next": "(self, status: 'int' = 503, times: 'int' = 1, retry_after: 'int | None' = None) -> 'None'",
+        "requests": "property -> list[RecordedRequest]",
+        "start": "(self) -> 'None'",
+        "stop": "(self) -> 'None'",
+    },
+    "ZampError": {},
+    "HttpClientError": {},
+    "ActionFailedError": {},
+    "ActionTimeoutError": {},
+    "MissingConfigError": {},
+}
+
+CONSTRUCTORS: dict[str, str] = {
+    "RetryPolicy": (
+        "(initial_interval: 'timedelta', maximum_attempts: 'int', maximum_interval: 'timedelta', "
+        "backoff_coefficient: 'float') -> None"
+    ),
+    "SdkConfig": "(base_url: 'str', auth_token: 'str') -> None",
+    "LocalPlatform": "(*, auth_token: 'str' = 'local-token', time_scale: 'float' = 1.0, port: 'int' = 0) -> 'None'",
+    "ZampError": "(message: 'str') -> 'None'",
+    "HttpClientError": (
+        "(message: 'str', *, status_code: 'int | None' = None, response_body: 'str | None' = None, "
+        "headers: 'Mapping[str, str] | None' = None, action_id: 'str | None' = None, "
+        "may_have_started: 'bool' = False) -> 'None'"
+    ),
+    "ActionFailedError": (
+        "(message: 'str', *, action_id: 'str' = '', status: 'str' = '', error: 'Any' = None) -> 'None'"
+    ),
+    "ActionTimeoutError": (
+        "(message: 'str', *, action_id: 'str' = '', status: 'str' = '', waited: 'float' = 0.0) -> 'None'"
+    ),
+    "MissingConfigError": "(message: 'str') -> 'None'",
+}
+
+# Each exception's bases, and its attributes when only a message is given.
+ERRORS: dict[str, tuple[tuple[type[BaseException], ...], dict[str, Any]]] = {
+    "ZampError": ((Exception,), {"message": "m"}),
+    "HttpClientError": (
+        (zamp_sdk.ZampError,),
+        {
+            "message": "m",
+            "status_code": None,
+            "response_body": None,
+            "headers": {},
+            "action_id": None,
+            "may_have_started": False,
+        },
+    ),
+    "ActionFailedError": (
+        (zamp_sdk.ZampError, RuntimeError),
+        {"message": "m", "action_id": "", "status": "", "error": None},
+    ),
+    "ActionTimeoutError": (
+        (zamp_sdk.ZampError, TimeoutError),
+        {"message": "m", "action_id": "", "status": "", "waited": 0.0},
+    ),
+    "MissingConfigError": ((zamp_sdk.ZampError, KeyError), {"message": "m"}),
+}
+
+
+def public_class(name: str) -> type:
+    """Return a class by its name."""
+    found: type = LocalPlatform if name == "LocalPlatform" else getattr(zamp_sdk, name)
+    return found
+
+
+def describe(owner: type, name: str) -> str:
+    """Return a method's signature, or a property's type."""
+    member = inspect.getattr_static(owner, name)
+    if isinstance(member, property):
+        return f"property -> {typing.cast(FunctionType, member.fget).__annotations__['return']}"
+    return str(inspect.signature(getattr(owner, name)))
+
+
+def test_exports() -> None:
+    """The package exports these names, and no others."""
+    assert sorted(zamp_sdk.__all__) == [
+        "ActionExecutor",
+        "ActionFailedError",
+        "ActionHandle",
+        "ActionStatus",
+        "ActionTimeoutError",
+        "HttpClientError",
+        "MissingConfigError",
+        "RetryPolicy",
+        "SdkConfig",
+        "ZampError",
+        "__version__",
+    ]
+    assert all(hasattr(zamp_sdk, name) for name in zamp_sdk.__all__)
+    assert zamp_sdk.action_executor.__all__ == ["ActionExecutor", "ActionHandle"]
+
+
+def test_import_paths_of_the_official_sdk() -> None:
+    """The names that the official SDK documents elsewhere are the same objects."""
+    assert zamp_sdk.action_executor.utils.HttpClientError is zamp_sdk.HttpClientError
+    assert zamp_sdk.action_executor.ActionExecutor is zamp_sdk.ActionExecutor
+    assert zamp_sdk.action_executor.models.RetryPolicy is zamp_sdk.RetryPolicy
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_members(name: str) -> None:
+    """A public class has these public members, with these signatures, and no others."""
+    members = [member for member in vars(public_class(name)) if not member.startswith("_")]
+
+    assert {member: describe(public_class(name), member) for member in members} == PUBLIC[name]
+
+
+@pytest.mark.parametrize("name", CONSTRUCTORS)
+def test_constructors(name: str) -> None:
+    """A class that people construct takes these arguments."""
+    assert str(inspect.signature(public_class(name))) == CONSTRUCTORS[name]
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_exceptions(name: str) -> None:
+    """An exception has these bases and these attributes."""
+    bases, attributes = ERRORS[name]
+    error = public_class(name)("m")
+
+    assert public_class(name).__bases__ == bases
+    assert vars(error) == attributes
+    assert str(error) == "m"
+
+
+def test_fields() -> None:
+    """The two value classes have their parameters as fields; a policy's default is the platform's."""
+    assert vars(SdkConfig("https://example.com", "t")) == {"base_url": "https://example.com", "auth_token": "t"}
+    assert vars(RetryPolicy.default()) == {
+        "initial_interval": timedelta(seconds=30),
+        "maximum_attempts": 11,
+        "maximum_interval": timedelta(minutes=15),
+        "backoff_coefficient": 1.5,
+    }
+
+
+def test_statuses() -> None:
+    """A status is text, one of six."""
+    assert issubclass(ActionStatus, str)
+    assert issubclass(ActionStatus, Enum)
+    assert [status.value for status in ActionStatus] == [
+        "RUNNING",
+        "COMPLETED",
+        "FAILED",
+        "CANCELED",
+        "TERMINATED",
+        "TIMED_OUT",
+    ]
+
+
+def test_what_awaits() -> None:
+    """Only what sends something is a coroutine function."""
+    awaited = {ActionExecutor.execute, ActionExecutor.start, zamp_sdk.ActionHandle.status, zamp_sdk.ActionHandle.result}
+
+    assert all(map(inspect.iscoroutinefunction, awaited))
+    assert not inspect.iscoroutinefunction(ActionExecutor.get_handle)
+
+
+# --- what imports what ------------------------------------------------------------------------------------------------
+
+# Which of the package's modules each may import; a ? marks those that only a function may import, when it is called.
+ARROWS: dict[str, set[str]] = {
+    "errors": set(),
+    "action_executor.models": {"errors"},
+    "action_executor.wire": {"action_executor.models"},
+    "action_executor.lifecycle": {"errors", "action_executor.models", "action_executor.wire"},
+    "action_executor.lifeline": set(),
+    "action_executor.connections": {"action_executor.lifeline", "action_executor.wire"},
+    "action_executor.http_client": {
+        "action_executor.lifeline",
+        "action_executor.models",
+        "action_executor.wire",
+        "action_executor.connections?",
+    },
+    "action_executor.executor": {
+        "errors",
+        "action_executor.http_client",
+        "action_executor.lifecycle",
+        "action_executor.models",
+        "action_executor.wire",
+    },
+    "action_executor.utils": {"errors"},
+    "action_executor": {"action_executor.executor"},
+    "": {"errors", "action_executor", "action_executor.http_client", "action_executor.models"},
+    "local_platform": set(),  # it spells the wire format out on its own, to check wire.py and not to echo it
+    "cli": {
+        "errors",
+        "action_executor",
+        "action_executor.executor",
+        "action_executor.lifecycle",
+        "action_executor.models",
+        "",
+        "local_platform",
+    },
+    "__main__": {"cli"},
+}
+
+
+def module_name(path: Path) -> str:
+    """Return a module's name inside the package; the package's own is empty."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(name: str) -> set[str]:
+    """The package's modules that a module imports, each with a ? where only code inside of something else does."""
+    path = MODULES[name]
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    package = path.relative_to(PACKAGE).parent.parts
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            base = ".".join([*package[: len(package) - node.level + 1], *(node.module or "").split(".")]).strip(".")
+            inside = [f"{base}.{alias.name}".lstrip(".") for alias in node.names]
+            targets = [target if target in MODULES else base for target in inside]
+            found.update(f"{target}{'' if node in tree.body else '?'}" for target in targets)
+    return found
+
+
+def test_arrows_cover_every_module() -> None:
+    """The table of arrows has a row for every module."""
+    assert set(MODULES) == set(ARROWS)
+
+
+@pytest.mark.parametrize("name", MODULES, ids=lambda name: name or "zamp_sdk")
+def test_arrows(name: str) -> None:
+    """A module imports only what the table lets it import, and at the time that the table says."""
+    allowed = ARROWS[name]
+
+    assert {target for target in imports(name) if target not in allowed and target.rstrip("?") not in allowed} == set()
+
+
+def test_no_cycles() -> None:
+    """No module imports itself, by whatever way, not even when a function is called."""
+    graph = {name: {target.rstrip("?") for target in imports(name)} for name in MODULES}
+
+    order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
+
+    assert order.index("action_executor.wire") < order.index("action_executor.lifecycle") < order.index("")
+
+
+def imported_by(statement: str) -> set[str]:
+    """The modules that are loaded after a statement in a new interpreter without site-packages."""
+    code = f"import sys; sys.path.insert(0, sys.argv[1])\n{statement}\nprint(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code, PACKAGE.parent], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split())
+
+
+def test_import_is_cheap() -> None:
+    """`import zamp_sdk` loads neither the transport, the command line, the local platform nor what those need."""
+    costly = {
+        "argparse",
+        "decimal",
+        "email",
+        "http",
+        "http.client",
+        "http.server",
+        "socketserver",
+        "urllib.request",
+        "uuid",
+    }
+    own = {"zamp_sdk.cli", "zamp_sdk.local_platform", "zamp_sdk.action_executor.connections"}
+
+    loaded = imported_by("import zamp_sdk")
+
+    assert "zamp_sdk.action_executor.executor" in loaded
+    assert loaded & (costly | own) == set()
+
+
+def test_configuring_is_cheap() -> None:
+    """Neither a policy, a configuration nor a handle loads the transport: the first request does."""
+    statement = """
+import zamp_sdk
+zamp_sdk.RetryPolicy.default()
+zamp_sdk.ActionExecutor.get_handle("act_1", base_url="https://example.com", auth_token="t")
+"""
+
+    assert imported_by(statement) & {"http.client", "urllib.request", "zamp_sdk.action_executor.connections"} == set()
+
+
+def test_import_does_nothing_else() -> None:
+    """`import zamp_sdk` starts no thread, sets no logging up and leaves the environment alone."""
+    statement = """
+import logging, os, threading
+before = dict(os.environ)
+import zamp_sdk
+assert (dict(os.environ), threading.active_count(), logging.getLogger().handlers) == (before, 1, [])
+assert [type(handler) for handler in logging.getLogger("zamp_sdk").handlers] == [logging.NullHandler]
+"""
+
+    assert "zamp_sdk" in imported_by(statement)

@@ -1,0 +1,445 @@
+"""The life of an action as data: a simulated platform answers the steps, a simulated clock passes the time."""
+
+from __future__ import annotations
+
+import json
+import math
+from datetime import timedelta
+from typing import Any, Callable
+
+import pytest
+
+from zamp_sdk import ActionFailedError, ActionTimeoutError, HttpClientError, RetryPolicy
+from zamp_sdk.action_executor import lifecycle, wire
+from zamp_sdk.action_executor.lifecycle import Send, Sleep, Steps
+from zamp_sdk.action_executor.wire import ActionReply, Answer, Failure, Reply
+
+UNSENT = Failure("connection refused", sent=False, retryable=True)
+LOST = Failure("connection reset", sent=True, retryable=True)
+UNTRUSTED = Failure("certificate verify failed", sent=False, retryable=False)
+REQUEST = wire.Request("POST", "/actions")
+
+
+def reply(status_code: int = 200, body: Any = None, **headers: str) -> Reply:
+    """Make a reply with a JSON body; ``retry_after="1"`` is a header."""
+    names = {name.replace("_", "-"): value for name, value in headers.items()}
+    return Reply(status_code, names, body if isinstance(body, bytes) else json.dumps(body).encode())
+
+
+STARTED = reply(body={"id": "act-1"})
+RUNNING = reply(body={"id": "act-1", "status": "RUNNING"})
+COMPLETED = reply(body={"id": "act-1", "status": "COMPLETED", "result": 1})
+
+
+class Simulation:
+    """Performs steps against a function that answers, in no time but the simulated."""
+
+    def __init__(self, answer: Callable[[Simulation], Answer], *, round_trip: float = 0.0, jitter: float = 0.5) -> None:
+        self.now = 1000.0
+        self.sent: list[float] = []
+        self.slept: list[float] = []
+        self.timeouts: list[float] = []
+        self._answer = answer
+        self._round_trip = round_trip
+        self._jitter = jitter
+
+    def clock(self) -> float:
+        return self.now
+
+    def jitter(self) -> float:
+        return self._jitter
+
+    def perform(self, steps: Steps) -> ActionReply:
+        answer: Answer | None = None
+        while True:
+            try:
+                step = steps.send(answer)
+            except StopIteration as stop:
+                result: ActionReply = stop.value
+                return result
+            answer = None
+            if isinstance(step, Send):
+                self.sent.append(self.now)
+                self.timeouts.append(step.timeout)
+                assert len(self.sent) < 10_000
+                answer = self._answer(self)
+                self.now += self._round_trip
+            else:
+                assert step.seconds >= 0
+                self.slept.append(step.seconds)
+                self.now += step.seconds
+
+    def start(self) -> ActionReply:
+        return self.perform(lifecycle.start(REQUEST, clock=self.clock, jitter=self.jitter))
+
+    def follow(self, *, started_at: float | None = 1000.0, limit: float = math.inf) -> ActionReply:
+        steps = lifecycle.follow("act-1", clock=self.clock, jitter=self.jitter, started_at=started_at, limit=limit)
+        return self.perform(steps)
+
+
+def always(answer: Answer) -> Simulation:
+    """Simulate a platform that gives one answer to everything."""
+    return Simulation(lambda _: answer)
+
+
+def in_turn(*answers: Answer) -> Simulation:
+    """Simulate a platform that gives these answers, one after the other."""
+    iterator = iter(answers)
+    return Simulation(lambda _: next(iterator))
+
+
+# --- starting ---------------------------------------------------------------------------------------------------------
+
+
+def test_start_returns_the_reply() -> None:
+    """A start that is accepted is one request, and its reply is returned."""
+    simulation = always(STARTED)
+    assert simulation.start().id == "act-1"
+    assert len(simulation.sent) == 1
+
+
+@pytest.mark.parametrize("answer", [UNSENT, reply(429), reply(503, retry_after="1")])
+def test_start_is_retried_if_the_action_cannot_exist(answer: Answer) -> None:
+    """A start that was not sent, or was refused unprocessed, is sent again and can succeed."""
+    simulation = in_turn(answer, answer, answer, STARTED)
+    assert simulation.start().id == "act-1"
+    assert len(simulation.sent) == 4
+
+
+@pytest.mark.parametrize(
+    ("answer", "times_sent", "may_have_started"),
+    [
+        (UNSENT, 4, False),
+        (reply(429), 4, False),
+        (reply(503, retry_after="1"), 4, False),
+        (UNTRUSTED, 1, False),
+        (LOST, 1, True),
+        (Failure("the reply is over 64 MiB", sent=True, retryable=False), 1, True),
+        *((reply(code), 1, True) for code in (100, 101, 301, 302, 303, 408, 425, 500, 501, 502, 503, 504)),
+        *((reply(code), 1, False) for code in (300, 304, 307, 308, 400, 401, 403, 404, 405, 407, 409, 413, 422)),
+        (reply(204, b""), 1, True),
+        (reply(200, b"<html>"), 1, True),
+        (reply(200, []), 1, True),
+        (reply(200, {}), 1, True),
+        *((reply(200, {"id": action_id}), 1, True) for action_id in ("", None, 7, "..")),
+        (reply(200, {"data": None, "error": {"message": "quota exceeded"}}), 1, True),
+    ],
+)
+def test_start_fails(answer: Answer, times_sent: int, may_have_started: bool) -> None:
+    """Whatever else becomes of a start raises at once, and says whether the action may exist."""
+    simulation = always(answer)
+    with pytest.raises(HttpClientError) as caught:
+        simulation.start()
+    assert len(simulation.sent) == times_sent
+    assert caught.value.may_have_started is may_have_started
+    assert ("may have started" in str(caught.value)) is may_have_started
+    assert caught.value.status_code == (answer.status_code if isinstance(answer, Reply) else None)
+
+
+def test_start_obeys_retry_after() -> None:
+    """A refused start waits as long as it is told to."""
+    simulation = in_turn(reply(429, retry_after="7"), STARTED)
+    simulation.start()
+    assert simulation.slept == [7.0]
+
+
+def test_start_gives_up_rather_than_wait_beyond_its_window() -> None:
+    """A start that is told to wait over a minute fails at once, while the caller still wants to know."""
+    simulation = always(reply(503, retry_after="61"))
+    with pytest.raises(HttpClientError, match="503"):
+        simulation.start()
+    assert simulation.slept == []
+
+
+def test_start_is_tried_for_a_minute() -> None:
+    """Tries that take 30 s each are two, for a third would begin after the window."""
+    simulation = Simulation(lambda _: UNSENT, round_trip=30.0)
+    with pytest.raises(HttpClientError):
+        simulation.start()
+    assert len(simulation.sent) == 2
+
+
+def test_start_keeps_the_id_of_a_refusal() -> None:
+    """An error that comes with an id is raised with the id."""
+    with pytest.raises(HttpClientError) as caught:
+        always(reply(200, {"id": "act-1", "error": "boom"})).start()
+    assert (caught.value.action_id, caught.value.may_have_started) == ("act-1", True)
+
+
+def test_start_understands_an_envelope() -> None:
+    """A start's reply may come inside an envelope, and may already have a status."""
+    answer = reply(200, {"data": {"id": "act-1", "status": "COMPLETED", "result": 1}, "error": None})
+    assert always(answer).start() == ActionReply("act-1", "COMPLETED", 1, None)
+
+
+@pytest.mark.parametrize(
+    ("answer", "advice"),
+    [
+        (reply(401, {"error": "bad token"}), "bad token (check the token: auth_token, or ZAMP_AUTH_TOKEN)"),
+        (reply(307, b"", location="https://evil.example/"), "this one points to https://evil.example/"),
+        (reply(407, b""), "a proxy wants a user name and a password"),
+        (reply(599, b"x"), "HTTP 599: x"),
+    ],
+)
+def test_errors_say_what_to_do(answer: Reply, advice: str) -> None:
+    """A refusal's message has the platform's reason and what to do about it."""
+    with pytest.raises(HttpClientError) as caught:
+        always(answer).start()
+    assert advice in str(caught.value)
+    assert caught.value.headers == answer.headers
+    assert caught.value.response_body == answer.body.decode()
+
+
+# --- following --------------------------------------------------------------------------------------------------------
+
+
+def run_action(seconds: float, *, round_trip: float = 0.0, jitter: float = 0.5) -> tuple[float, int]:
+    """Follow an action of this length; return how late its result came, and after how many polls."""
+    end = 1000.0 + seconds
+    simulation = Simulation(
+        lambda self: COMPLETED if self.now + round_trip / 2 >= end else RUNNING, round_trip=round_trip, jitter=jitter
+    )
+    simulation.follow()
+    return simulation.now - end, len(simulation.sent)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 119, 120, 300, 600, 1800, 3600])
+@pytest.mark.parametrize("jitter", [0.0, 0.5, 1.0])
+def test_lateness(seconds: float, jitter: float) -> None:
+    """A result is never later than 0.15 s or 30 % of the action's time or 33 s, at any jitter."""
+    late, _ = run_action(seconds, jitter=jitter)
+    assert 0 <= late <= min(33.0, max(0.15, 0.3 * seconds)) + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("seconds", "most_polls"), [(0, 1), (0.1, 2), (1, 10), (10, 20), (60, 28), (600, 49), (3600, 149)]
+)
+def test_number_of_polls(seconds: float, most_polls: int) -> None:
+    """Polls stay few: under 50 in ten minutes, and from 10 s on no more than a poll every 0.5 s would be."""
+    _, polls = run_action(seconds)
+    assert polls <= most_polls
+    assert seconds < 10 or polls <= seconds / 0.5
+
+
+@pytest.mark.parametrize("jitter", [0.0, 1.0])
+def test_jitter_changes_the_number_of_polls_by_a_tenth(jitter: float) -> None:
+    """Even a dice that always falls the same way costs or saves a tenth of the polls at most."""
+    assert run_action(600, jitter=jitter)[1] == pytest.approx(run_action(600)[1], rel=0.11)
+
+
+def test_a_slow_platform_is_left_in_peace() -> None:
+    """Polls that take longer than their interval are still followed by half of it."""
+    simulation = Simulation(lambda self: COMPLETED if len(self.sent) > 5 else RUNNING, round_trip=5.0)
+    simulation.follow()
+    assert all(slept >= 0.5 * 0.25 * 5 for slept in simulation.slept)
+
+
+def test_intervals_count_from_sending_to_sending() -> None:
+    """The round trip is part of the interval, so that a distant platform is polled as often as a near one."""
+    simulation = Simulation(lambda self: COMPLETED if len(self.sent) > 3 else RUNNING, round_trip=0.04)
+    simulation.follow()
+    assert [round(sent - 1000.0, 3) for sent in simulation.sent] == [0.0, 0.1, 0.2, 0.3]
+
+
+@pytest.mark.parametrize(("told", "slept"), [("0", 0.0), ("7", 7.0), ("3600", 30.0)])
+def test_retry_after_of_a_good_reply(told: str, slept: float) -> None:
+    """Retry-After on a good reply sets the next interval, up to 30 s."""
+    simulation = in_turn(reply(200, {"status": "RUNNING"}, retry_after=told), COMPLETED)
+    simulation.follow()
+    assert simulation.slept == [slept]
+
+
+PASSING: list[Answer] = [
+    UNSENT,
+    LOST,
+    *(reply(code) for code in (100, 408, 425, 429, 500, 501, 502, 503, 504, 599)),
+    reply(204, b""),
+    reply(200, b'{"status": "RUNN'),
+    reply(200, []),
+    reply(200, {}),
+    reply(200, {"id": "act-1", "status": 7}),
+    reply(200, {"data": None, "error": None}),
+]
+FINAL: list[Answer] = [
+    UNTRUSTED,
+    Failure("the reply is over 64 MiB", sent=True, retryable=False),
+    *(reply(code) for code in (301, 302, 303, 304, 307, 308, 400, 401, 403, 404, 405, 407, 409, 410, 413, 422)),
+    reply(200, {"data": None, "error": {"message": "quota exceeded"}}),
+]
+
+
+@pytest.mark.parametrize("answer", PASSING)
+def test_a_poll_survives(answer: Answer) -> None:
+    """A failure that may pass costs a wait, and the result still comes."""
+    simulation = in_turn(RUNNING, answer, answer, answer, COMPLETED)
+    assert simulation.follow().result == 1
+    assert simulation.slept[1:] == [0.25, 0.5, 1.0]  # full jitter of 0.5: half of 0.5, 1 and 2 s
+
+
+@pytest.mark.parametrize("answer", PASSING)
+def test_a_poll_is_given_up_after_five_minutes(answer: Answer) -> None:
+    """Without one good reply in 5 minutes the wait ends, with the action's id."""
+    simulation = always(answer)
+    with pytest.raises(HttpClientError) as caught:
+        simulation.follow()
+    assert simulation.now == pytest.approx(1300.0)
+    assert (caught.value.action_id, caught.value.may_have_started) == ("act-1", False)
+
+
+@pytest.mark.parametrize("answer", FINAL)
+def test_a_poll_fails_at_once(answer: Answer) -> None:
+    """A failure that will not pass is raised at once, with the action's id."""
+    simulation = in_turn(RUNNING, answer)
+    with pytest.raises(HttpClientError) as caught:
+        simulation.follow(started_at=None)
+    assert caught.value.action_id == "act-1"
+
+
+def test_one_good_reply_resets_the_failures() -> None:
+    """The 5 minutes and the backoff begin anew with every good reply."""
+    simulation = Simulation(lambda self: COMPLETED if self.now > 2000 else RUNNING if len(self.sent) % 4 == 0 else LOST)
+    assert simulation.follow().result == 1
+    assert max(simulation.slept) <= 33
+
+
+def test_backoff_reaches_thirty_seconds() -> None:
+    """The backoff doubles from 0.5 s to 30 s and stays there; it survives any number of failures."""
+    assert [lifecycle.backoff(failures, 1.0) for failures in (1, 2, 3, 6, 7, 8, 10**6)] == [0.5, 1, 2, 16, 30, 30, 30]
+    assert lifecycle.backoff(5, 0.0) == 0
+
+
+@pytest.mark.parametrize(("told", "slept"), [("7", 7.0), ("3600", 120.0)])
+def test_retry_after_of_a_refused_poll(told: str, slept: float) -> None:
+    """A refused poll waits as it is told, up to 120 s."""
+    simulation = in_turn(reply(503, retry_after=told), COMPLETED)
+    simulation.follow()
+    assert simulation.slept == [slept]
+
+
+def test_not_found_just_after_the_start() -> None:
+    """For 10 s after the start, 404 is the platform catching up; then it is an error."""
+    assert in_turn(reply(404), reply(404), COMPLETED).follow().result == 1
+    simulation = always(reply(404))
+    with pytest.raises(HttpClientError) as caught:
+        simulation.follow()
+    assert 1010 <= simulation.now < 1030
+    assert (caught.value.status_code, caught.value.action_id) == (404, "act-1")
+
+
+def test_not_found_of_an_action_started_elsewhere() -> None:
+    """An id that somebody else gave us, and that the platform does not know, is an error at once."""
+    simulation = always(reply(404))
+    with pytest.raises(HttpClientError):
+        simulation.follow(started_at=None)
+    assert len(simulation.sent) == 1
+
+
+def test_the_limit() -> None:
+    """When the limit is over the error names the action, says that it goes on, and came after a last poll."""
+    simulation = always(RUNNING)
+    with pytest.raises(ActionTimeoutError, match=r"act-1 had not ended after 60\.0 s; it goes on") as caught:
+        simulation.follow(limit=60.0)
+    assert simulation.sent[-1] == pytest.approx(1060.0)
+    assert (caught.value.action_id, caught.value.status) == ("act-1", "RUNNING")
+    assert caught.value.waited == pytest.approx(60.0)
+
+
+def test_a_limit_of_zero_polls_once() -> None:
+    """A limit of zero asks once."""
+    simulation = always(RUNNING)
+    with pytest.raises(ActionTimeoutError):
+        simulation.follow(limit=0.0)
+    assert len(simulation.sent) == 1
+    assert simulation.timeouts == [1.0]
+    assert always(COMPLETED).follow(limit=0.0).result == 1
+
+
+def test_the_limit_while_polls_fail() -> None:
+    """A limit that is over while polls fail is a timeout that tells the last failure as its cause."""
+    with pytest.raises(ActionTimeoutError) as caught:
+        always(LOST).follow(limit=20.0)
+    assert isinstance(caught.value.__cause__, HttpClientError)
+    assert caught.value.status == ""
+
+
+@pytest.mark.parametrize("status", ["COMPLETED", "FAILED", "CANCELED", "TERMINATED", "TIMED_OUT", "PAUSED"])
+def test_the_end(status: str) -> None:
+    """Every status but RUNNING ends the polling, those that nobody knows included."""
+    assert always(reply(200, {"status": status, "error": "e"})).follow().status == status
+
+
+def test_look() -> None:
+    """Looking is one request; what is no status is an error with the id."""
+    assert always(RUNNING).perform(lifecycle.look("act-1")).status == "RUNNING"
+    simulation = always(reply(503))
+    with pytest.raises(HttpClientError) as caught:
+        simulation.perform(lifecycle.look("act-1"))
+    assert (len(simulation.sent), caught.value.action_id) == (1, "act-1")
+
+
+# --- the outcome, and the limit ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("result", [None, 0, False, {"a": 1}])
+def test_result(result: Any) -> None:
+    """A completed action has its result, whatever that is."""
+    assert lifecycle.outcome("act-1", ActionReply("act-1", "COMPLETED", result, None)) == result
+
+
+@pytest.mark.parametrize("status", ["FAILED", "CANCELED", "TERMINATED", "TIMED_OUT"])
+def test_failure(status: str) -> None:
+    """An action that ended without a result is an error with id, status and reason."""
+    with pytest.raises(ActionFailedError, match=f"^action act-1 ended as {status}: boom$") as caught:
+        lifecycle.outcome("act-1", ActionReply(None, status, None, {"message": "boom", "code": 7}))
+    assert (caught.value.action_id, caught.value.status) == ("act-1", status)
+    assert caught.value.error == {"message": "boom", "code": 7}
+
+
+def test_unknown_status() -> None:
+    """A status that nobody knows is an error that says what to do, and that the action may be running."""
+    with pytest.raises(ActionFailedError, match=r"'PAUSED', which this version .* may still be running") as caught:
+        lifecycle.outcome("act-1", ActionReply(None, "PAUSED", None, None))
+    assert caught.value.status == "PAUSED"
+
+
+def seconds(value: float) -> timedelta:
+    """Make a timedelta."""
+    return timedelta(seconds=value)
+
+
+@pytest.mark.parametrize(
+    ("policy", "start_to_close", "limit"),
+    [
+        (None, None, 3600.0),
+        (None, seconds(60), 3806.6015625),  # 11 attempts of a minute, and the default policy's ten waits
+        (RetryPolicy(seconds(1), 1, seconds(1), 1), seconds(7200), 7200.0),
+        (RetryPolicy(seconds(1), 1, seconds(1), 1), seconds(60), 3600.0),
+        (RetryPolicy(seconds(100), 4, seconds(300), 2), seconds(3600), 4 * 3600.0 + 100 + 200 + 300),
+        (RetryPolicy(seconds(10), 1001, seconds(10), 1), seconds(1), 1001.0 + 10_000),
+        (RetryPolicy(seconds(0), 11, seconds(0), 1), seconds(3600), 11 * 3600.0),
+        (RetryPolicy(seconds(1), 0, seconds(1), 1), seconds(1), math.inf),
+    ],
+)
+def test_wait_limit(policy: RetryPolicy | None, start_to_close: timedelta | None, limit: float) -> None:
+    """The limit of the wait is what the platform may take: N attempts and the waits between them, at least an hour."""
+    assert lifecycle.wait_limit(policy, start_to_close) == pytest.approx(limit)
+
+
+def test_wait_limit_of_a_billion_attempts() -> None:
+    """A limit is never too short and is found at once, however many attempts there are."""
+    policy = RetryPolicy(seconds(1), 10**9, seconds(100), 1.000_000_1)
+    assert lifecycle.wait_limit(policy, None) >= 10**9
+
+
+def test_a_send_must_be_answered() -> None:
+    """A loop that forgets to answer a Send is told so, instead of being taken for a dead network."""
+    steps = lifecycle.look("act-1")
+    next(steps)
+    with pytest.raises(AssertionError, match="must be answered"):
+        next(steps)
+
+
+def test_steps_are_plain_data() -> None:
+    """A step compares by what it says."""
+    assert Sleep(1.0) == Sleep(1.0, None)
+    assert next(lifecycle.look("a/b")) == Send(wire.Request("GET", "/actions/a%2Fb"), 30.0)

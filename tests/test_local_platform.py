@@ -1,0 +1,525 @@
+"""The local platform, seen through the standard library's HTTP client and bare sockets, never through the SDK."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import json
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from zamp_sdk import local_platform
+from zamp_sdk.local_platform import LocalPlatform
+
+POLICY = {"initial_interval": "PT10S", "maximum_interval": "PT15S", "maximum_attempts": 3, "backoff_coefficient": 1.5}
+
+
+class Reply(NamedTuple):
+    status: int
+    headers: http.client.HTTPMessage
+    body: Any
+
+    @property
+    def message(self) -> str:
+        return str(self.body["error"]["message"])
+
+
+class Client:
+    """A client that knows the token."""
+
+    def __init__(self, platform: LocalPlatform) -> None:
+        self.address = platform.base_url.partition("//")[2]
+        self.headers = {"Authorization": f"Bearer {platform.auth_token}", "Content-Type": "application/json"}
+
+    def send(self, method: str, path: str, body: bytes | str | None = None, **headers: str) -> Reply:
+        with contextlib.closing(http.client.HTTPConnection(self.address, timeout=5)) as connection:
+            connection.request(method, path, body, {**self.headers, **headers})
+            with connection.getresponse() as response:
+                assert response.headers["Content-Type"] == "application/json"
+                return Reply(response.status, response.headers, json.loads(response.read()))
+
+    def start(self, name: str, params: Any = None, *, key: str | None = None, **fields: Any) -> Reply:
+        body = {"action_name": name, "params": params, "is_external_action": True, **fields}
+        return self.send("POST", "/actions", json.dumps(body), **({} if key is None else {"Idempotency-Key": key}))
+
+    def poll(self, action_id: str) -> Reply:
+        return self.send("GET", f"/actions/{action_id}")
+
+    def execute(self, name: str, params: Any = None, **fields: Any) -> dict[str, Any]:
+        """Start an action and return its outcome."""
+        started = self.start(name, params, **fields)
+        assert started.status == 200
+        assert set(started.body) == {"id"}
+        return self.outcome(started.body["id"])
+
+    def outcome(self, action_id: str) -> dict[str, Any]:
+        """Return the first poll's body that is not RUNNING, less its id."""
+        for _ in range(500):
+            outcome: dict[str, Any] = self.poll(action_id).body
+            assert outcome.pop("id") == action_id
+            if outcome != {"status": "RUNNING"}:
+                return outcome
+            time.sleep(0.005)
+        raise AssertionError("the action did not end")
+
+
+@pytest.fixture
+def platform() -> Iterator[LocalPlatform]:
+    """A running platform with the action `echo`; after it no thread is left."""
+    before = threading.enumerate()
+    with LocalPlatform(time_scale=0.0001) as running:
+        running.action(echo)
+        yield running
+    assert threading.enumerate() == before
+
+
+@pytest.fixture
+def client(platform: LocalPlatform) -> Client:
+    """A client of that platform."""
+    return Client(platform)
+
+
+def echo(params: Any) -> Any:
+    """Return the params."""
+    return params
+
+
+# Actions
+
+
+@pytest.mark.parametrize("params", [None, 1.5, "é", [1, {"a": None}], {"id": "inv_1"}], ids=repr)
+def test_what_an_action_returns_is_its_result(platform: LocalPlatform, client: Client, params: Any) -> None:
+    """Functions and coroutine functions are called with any JSON as their one argument, and return the result."""
+
+    @platform.action
+    async def echo_later(params: Any) -> Any:
+        await asyncio.sleep(0)
+        return params
+
+    for name in ("echo", "echo_later"):
+        assert client.execute(name, params) == {"status": "COMPLETED", "result": params}
+
+
+def test_registering_returns_the_function_unchanged() -> None:
+    """The decorator works bare and with a name, returns what it was given, and gives a name once."""
+    platform = LocalPlatform()
+    assert platform.action(echo) is echo
+    assert platform.action("second")(echo) is echo
+    assert platform.action_names == ["echo", "second"]
+    with pytest.raises(ValueError, match="already is an action named 'echo'"):
+        platform.action("echo")(lambda params: params)
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("no"), ValueError(), SystemExit("bye"), asyncio.CancelledError()], ids=repr
+)
+def test_an_exception_fails_the_action(platform: LocalPlatform, client: Client, error: BaseException) -> None:
+    """Without a policy what is raised is FAILED at once, with its message, or its type where it has none."""
+    calls = []
+
+    @platform.action
+    def fail(params: Any) -> None:
+        calls.append(params)
+        raise error
+
+    @platform.action
+    async def fail_later(params: Any) -> None:
+        fail(params)
+
+    kind = type(error).__name__
+    for name in ("fail", "fail_later"):
+        outcome = {"status": "FAILED", "error": {"message": str(error) or kind, "type": kind}}
+        assert client.execute(name) == outcome
+    assert calls == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda _: {1}, "Object of type set is not JSON serializable"),
+        (lambda _: float("nan"), "Out of range float values are not JSON compliant"),
+        (lambda _: next(iter([])), "StopIteration"),  # a future can't hold it
+    ],
+)
+def test_a_function_that_returns_no_json_fails(
+    platform: LocalPlatform, client: Client, function: Any, message: str
+) -> None:
+    """A result that is not JSON is FAILED with the reason, and so is none at all."""
+    platform.action("bad")(function)
+    outcome = client.execute("bad")
+    assert outcome["status"] == "FAILED"
+    assert outcome["error"]["message"].startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("maximum_attempts", "outcome"),
+    [
+        (2, {"status": "FAILED", "error": {"message": "attempt 2", "type": "OSError"}}),
+        (3, {"status": "COMPLETED", "result": 3}),
+        (0, {"status": "COMPLETED", "result": 3}),
+    ],
+)
+def test_a_failed_attempt_is_retried_under_the_policy(
+    platform: LocalPlatform, client: Client, maximum_attempts: int, outcome: Any
+) -> None:
+    """Attempts end with the first that succeeds or the last that is allowed; each has its own copy of the params."""
+    attempts = []
+
+    @platform.action
+    def flaky(params: dict[str, int]) -> int:
+        params["seen"] += 1
+        attempts.append(params)
+        if len(attempts) < 3:
+            raise OSError(f"attempt {len(attempts)}")
+        return len(attempts)
+
+    policy = {**POLICY, "maximum_attempts": maximum_attempts}
+    assert client.execute("flaky", {"seen": 0}, retry_policy=policy) == outcome
+    assert attempts == [{"seen": 1}] * (maximum_attempts or 3)
+    assert platform.requests[0].body["params"] == {"seen": 0}
+
+
+def test_the_intervals_follow_the_policy_and_the_time_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intervals grow by the coefficient up to the maximum, times time_scale."""
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    monkeypatch.setattr(asyncio, "sleep", sleep)
+    platform = LocalPlatform(time_scale=0.5)
+    platform.action("fail")(lambda _: 1 / 0)
+    policy = {**POLICY, "maximum_attempts": 5, "maximum_interval": "PT20S"}
+    with platform:
+        assert Client(platform).execute("fail", retry_policy=policy)["error"]["type"] == "ZeroDivisionError"
+    assert waits == [5.0, 7.5, 10.0, 10.0]
+
+
+def test_an_attempt_over_its_timeout_times_out(platform: LocalPlatform, client: Client) -> None:
+    """Functions and coroutines that take longer than start_to_close_timeout_seconds are retried, then TIMED_OUT."""
+    go_on = threading.Event()
+    calls = []
+
+    @platform.action
+    def slow(params: Any) -> None:
+        calls.append(params)
+        go_on.wait(5)
+
+    @platform.action
+    async def slow_coroutine(params: Any) -> None:
+        calls.append(params)
+        await asyncio.sleep(60)
+
+    for name in ("slow", "slow_coroutine"):
+        policy = {**POLICY, "maximum_attempts": 2}
+        outcome = client.execute(name, retry_policy=policy, start_to_close_timeout_seconds=0.03)
+        assert outcome["status"] == "TIMED_OUT"
+        assert outcome["error"]["message"] == "the attempt took over 0.03 s, its start-to-close timeout"
+    go_on.set()
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize("seconds", [5, 2**80, 1e300])
+def test_an_attempt_within_its_timeout_completes(client: Client, seconds: float) -> None:
+    """Every field of the wire format is accepted, and a timeout of any size harms no faster attempt."""
+    fields = {"summary": "s", "retry_policy": POLICY, "start_to_close_timeout_seconds": seconds}
+    assert client.execute("echo", 1, **fields) == {"status": "COMPLETED", "result": 1}
+
+
+# Requests
+
+
+def test_the_same_idempotency_key_gives_the_same_action(platform: LocalPlatform, client: Client) -> None:
+    """Starts with one key, however many at once, are one action that runs once; without a key each is its own."""
+    calls: list[Any] = []
+    platform.action("count")(calls.append)
+    with ThreadPoolExecutor(8) as pool:
+        keys = ["a"] * 16 + ["b"] + [None] * 2
+        ids = list(pool.map(lambda key: client.start("count", key, key=key).body["id"], keys))
+    assert {client.outcome(action_id)["status"] for action_id in ids} == {"COMPLETED"}
+    assert len(set(ids[:16])) == 1
+    assert len(set(ids)) == 4
+    assert sorted(map(str, calls)) == ["None", "None", "a", "b"]
+
+
+@pytest.mark.parametrize("header", ["", "Bearer", "Bearer wrong", "Basic local-token", "Bearer é"])
+def test_a_wrong_token_is_refused(platform: LocalPlatform, client: Client, header: str) -> None:
+    """Without the right bearer token every request is 401, and neither the answer nor the record tells a token."""
+    client.headers["Authorization"] = header
+    reply = client.start("echo")
+    assert reply.status == client.poll("x").status == 401
+    assert reply.headers["WWW-Authenticate"] == "Bearer"
+    assert platform.auth_token not in str(reply.body)
+    assert platform.requests[0].headers["authorization"] == "***"
+
+
+def test_what_is_unknown_is_404(platform: LocalPlatform, client: Client) -> None:
+    """An action that is not registered, an id nobody was given, and any path but the two are 404, and it says which."""
+    platform.action("send_invoice")(echo)
+    for reply, message in (
+        (client.start("send_invoise"), "unknown action 'send_invoise'; registered: echo, send_invoice"),
+        (client.poll("act_0"), "unknown action id: act_0"),
+        (client.send("POST", "/v1/actions", "{}"), "no such path: /v1/actions"),
+        (client.send("POST", "/actions?x=1", "{}"), "no such path: /actions?x=1"),
+    ):
+        assert (reply.status, reply.message) == (404, message)
+
+
+def test_another_method_is_405(client: Client) -> None:
+    """A known path answers other methods with 405 and the one that is allowed."""
+    for path, allowed in (("/actions", "POST"), ("/actions/x", "GET")):
+        for method in {"GET", "POST", "PUT", "PATCH", "DELETE"} - {allowed}:
+            reply = client.send(method, path, "{}")
+            assert (reply.status, reply.headers["Allow"]) == (405, allowed)
+
+
+def start_body(fields: dict[str, Any], policy: dict[str, Any]) -> str:
+    """Return a good start's body with some fields changed, or left out where the value is `...`."""
+    policy = {name: value for name, value in {**POLICY, **policy}.items() if value is not ...}
+    body = {"action_name": "echo", "params": 1, "is_external_action": True, "retry_policy": policy, **fields}
+    return json.dumps({name: value for name, value in body.items() if value is not ...})
+
+
+BAD_DURATIONS = ["", "30", "P", "PT", "P1DT", "-PT1S", "PT1S\n", "P1M", "PT1M1H", "pt1s", "PT\u0661S", 30]
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "expected"),
+    [
+        ("action_name", [..., 7, None], "a text"),
+        ("params", [...], "any JSON value"),
+        ("is_external_action", [..., 1, False], "true"),
+        ("summary", [None], "a text"),
+        ("timeout", [1], "left out: there is no such field"),
+        ("start_to_close_timeout_seconds", [0, "1", True, 10**400], "a number above 0"),
+        ("retry_policy", [None, []], "an object"),
+        ("retry_policy.initial_interval", [..., *BAD_DURATIONS], "an ISO 8601 duration"),
+        ("retry_policy.maximum_interval", [..., *BAD_DURATIONS], "an ISO 8601 duration"),
+        ("retry_policy.maximum_attempts", [..., -1, 1.0, True], "an integer of at least 0"),
+        ("retry_policy.backoff_coefficient", [..., 0.9, 10**400, None], "a number of at least 1"),
+        ("retry_policy.jitter", [1], "left out: there is no such field"),
+    ],
+)
+def test_a_bad_field_is_422_with_the_reason(client: Client, name: str, values: list[Any], expected: str) -> None:
+    """A field that breaks a rule of the wire format is refused, naming the field and the rule."""
+    parent, _, child = name.rpartition(".")
+    for value in values:
+        reply = client.send("POST", "/actions", start_body(*(({}, {child: value}) if parent else ({child: value}, {}))))
+        shown = "missing" if value is ... else repr(value)[:100]
+        assert (reply.status, reply.message) == (422, f"{name} must be {expected}; it is {shown}")
+
+
+@pytest.mark.parametrize("body", ["", "{", b'"\xff"', '{"params": NaN}', "[]"])
+def test_a_body_that_is_no_json_object_is_422(client: Client, body: str | bytes) -> None:
+    """What is not JSON, and JSON that is not an object, is refused."""
+    reply = client.send("POST", "/actions", body)
+    assert (reply.status, reply.message) == (422, "the body must be a JSON object")
+
+
+def test_a_policy_whose_intervals_contradict_is_422(client: Client) -> None:
+    """A maximum interval below the initial one is refused."""
+    reply = client.send("POST", "/actions", start_body({}, {"initial_interval": "PT16S"}))
+    assert (reply.status, reply.message) == (
+        422,
+        "retry_policy.maximum_interval must not be less than initial_interval",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("PT0S", 0), ("PT0.000001S", 0.000001), ("PT15M", 900), ("P14D", 1_209_600), ("P1DT1H1M2.5S", 90_062.5)],
+)
+def test_durations_are_read_as_iso_8601(text: str, seconds: float) -> None:
+    """Days, hours, minutes and seconds add up."""
+    assert local_platform._seconds(text) == seconds
+
+
+def test_requests_are_recorded_in_order_without_the_token(platform: LocalPlatform, client: Client) -> None:
+    """Requests are kept as they arrived, refused ones too, but for the token; the list is a copy."""
+    action_id = client.start("echo", {"a": 1}, key="k").body["id"]
+    client.poll(action_id)
+    client.send("POST", "/actions", "{")
+    start, poll, malformed = platform.requests
+    assert start.body == {"action_name": "echo", "params": {"a": 1}, "is_external_action": True}
+    assert (start.method, start.path) == ("POST", "/actions")
+    assert start.headers["idempotency-key"] == "k"
+    assert start.headers["authorization"] == "***"
+    assert (poll.method, poll.path, poll.body) == ("GET", f"/actions/{action_id}", None)
+    assert malformed.body is None
+    assert platform.auth_token not in repr(platform.requests)
+    platform.requests.clear()
+    assert len(platform.requests) == 3
+
+
+def test_a_client_that_goes_away_is_no_error(client: Client, capfd: pytest.CaptureFixture[str]) -> None:
+    """A client that leaves in the middle of its request, with a reset too, is not reported."""
+    host, _, port = client.address.partition(":")
+    for sent in (b"", b"POST /act", b"POST /actions HTTP/1.1\r\nContent-Length: 10\r\n\r\n{"):
+        for reset in (b"\0" * 8, b"\1" + b"\0" * 7):
+            with socket.create_connection((host, int(port)), timeout=5) as connection:
+                connection.sendall(sent)
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, reset)
+    assert client.poll("x").status == 404
+    assert capfd.readouterr() == ("", "")
+
+
+# Faults
+
+
+def test_fail_next_answers_with_the_status_unprocessed(platform: LocalPlatform, client: Client) -> None:
+    """The next requests get the status and Retry-After, and nothing else happens; then all is as before."""
+    calls: list[Any] = []
+    platform.action("count")(calls.append)
+    platform.fail_next(times=2, retry_after=1)
+    platform.fail_next(status=599)
+    replies = [client.start("count") for _ in range(3)]
+    assert [reply.status for reply in replies] == [503, 503, 599]
+    assert [reply.headers["Retry-After"] for reply in replies] == ["1", "1", None]
+    assert replies[0].message == "planned with fail_next"
+    assert client.execute("count", 1)["status"] == "COMPLETED"
+    assert calls == [1]
+    assert len(platform.requests) >= 5
+
+
+def test_drop_next_closes_without_an_answer(platform: LocalPlatform, client: Client) -> None:
+    """A dropped request is read and recorded but not processed, and its connection ends without a byte."""
+    calls: list[Any] = []
+    platform.action("count")(calls.append)
+    platform.drop_next(times=2)
+    for _ in range(2):
+        with pytest.raises(http.client.RemoteDisconnected):
+            client.start("count")
+    assert [request.path for request in platform.requests] == ["/actions"] * 2
+    assert client.execute("echo", 1)["result"] == 1
+    assert calls == []
+
+
+def test_faults_can_be_planned_ahead_and_end_with_the_run() -> None:
+    """What is planned before the start holds from the first request on, and what is left is forgotten on stop."""
+    platform = LocalPlatform()
+    platform.fail_next(times=9)
+    for status in (503, 404):
+        with platform:
+            assert Client(platform).poll("x").status == status
+
+
+# Starting and stopping
+
+
+def test_a_platform_starts_once_at_a_time_and_stops_any_time() -> None:
+    """To start twice is an error, to stop twice is not, and only what runs has a base URL."""
+    platform = LocalPlatform()
+    platform.stop()
+    with platform:
+        assert platform.base_url.startswith("http://127.0.0.1:")
+        with pytest.raises(RuntimeError, match="already running"):
+            platform.start()
+    platform.stop()
+    with pytest.raises(RuntimeError, match="not running: use `with platform:`"):
+        _ = platform.base_url
+
+
+def test_a_restart_begins_afresh() -> None:
+    """Requests outlive the stop, not the next start; actions and keys end with their run, registrations stay."""
+    platform = LocalPlatform()
+    platform.action(echo)
+    ids: list[str] = []
+    for _ in range(2):
+        with platform:
+            client = Client(platform)
+            assert [client.poll(action_id).status for action_id in ids] == [404] * len(ids)
+            ids.append(client.start("echo", key="k").body["id"])
+        assert platform.requests[-1].method == "POST"
+    assert len(set(ids)) == 2
+    assert len(platform.requests) == 2
+
+
+def test_stop_during_many_starts_leaves_nothing() -> None:
+    """Stop cancels coroutines, ends retries and waits for functions, in whatever moment of its life an action is."""
+    before = threading.enumerate()
+    begin = time.monotonic()
+    platform = LocalPlatform(time_scale=0)
+    began, cancelled = threading.Event(), threading.Event()
+
+    @platform.action
+    async def sleep(params: Any) -> None:
+        began.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            cancelled.set()
+
+    platform.action("fail")(lambda _: 1 / 0)
+    platform.action("short")(lambda _: time.sleep(0.05))
+    for _ in range(5):
+        with platform:
+            client = Client(platform)
+            for _ in range(5):
+                client.start("sleep")
+                client.start("short")
+                client.start("fail", retry_policy={**POLICY, "maximum_attempts": 0})
+            assert began.wait(5)
+        assert cancelled.is_set()
+        assert threading.enumerate() == before
+    assert time.monotonic() - begin < 10
+
+
+def test_stop_leaves_a_function_that_does_not_return(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A function that goes on is RUNNING, then is waited for a bounded time, and left as a daemon."""
+    monkeypatch.setattr(local_platform, "_STOP_SECONDS", 0.05)
+    before = threading.enumerate()
+    platform = LocalPlatform()
+    go_on, began = threading.Event(), threading.Event()
+
+    @platform.action
+    def wait(params: Any) -> None:
+        began.set()
+        go_on.wait(10)
+
+    with platform:
+        started = Client(platform).start("wait").body
+        assert began.wait(5)
+        assert Client(platform).poll(started["id"]).body == {"id": started["id"], "status": "RUNNING"}
+    (left,) = (thread for thread in threading.enumerate() if thread not in before)
+    assert left.daemon
+    go_on.set()
+    left.join(5)
+
+
+def test_a_process_with_all_warnings_ends_silently() -> None:
+    """Under -X dev, with warnings as errors, a run and an exit without a stop print nothing and do not hang."""
+    program = """
+import asyncio, urllib.request
+from zamp_sdk.local_platform import LocalPlatform
+platform = LocalPlatform()
+@platform.action
+async def forever(params):
+    await asyncio.sleep(60)
+def call():
+    body = b'{"action_name": "forever", "params": 1, "is_external_action": true}'
+    request = urllib.request.Request(platform.base_url + "/actions", body, {"Authorization": "Bearer local-token"})
+    urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request).close()
+with platform:
+    call()
+platform.start()
+call()
+"""
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-W", "error", "-c", program],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -1,0 +1,174 @@
+"""What is shipped: the wheel and the source distribution as they are built, and what the package may import."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import email
+import email.message
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import zamp_sdk
+
+ROOT = Path(__file__).resolve().parent.parent
+MODULES = sorted((ROOT / "zamp_sdk").rglob("*.py"))
+
+
+@pytest.fixture(scope="session")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the source distribution, and the wheel that was built from it; no network is needed."""
+    folder = tmp_path_factory.mktemp("dist")
+    built = subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, ROOT],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    return folder
+
+
+@pytest.fixture(scope="session")
+def wheel(distributions: Path) -> Path:
+    """The one wheel."""
+    (found,) = distributions.glob("*.whl")
+    return found
+
+
+@pytest.fixture(scope="session")
+def metadata(wheel: Path) -> email.message.Message:
+    """The wheel's core metadata."""
+    with zipfile.ZipFile(wheel) as archive:
+        return email.message_from_bytes(archive.read(f"zamp_sdk-{zamp_sdk.__version__}.dist-info/METADATA"))
+
+
+def test_wheel_is_small(wheel: Path) -> None:
+    """The wheel is under 40 kB."""
+    assert wheel.stat().st_size < 40_000
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
+    """The wheel has every module, py.typed and the licence, and neither tests nor tools."""
+    info = f"zamp_sdk-{zamp_sdk.__version__}.dist-info"
+    expected = {path.relative_to(ROOT).as_posix() for path in MODULES} | {
+        "zamp_sdk/py.typed",
+        f"{info}/METADATA",
+        f"{info}/RECORD",
+        f"{info}/WHEEL",
+        f"{info}/entry_points.txt",
+        f"{info}/licenses/LICENSE",
+    }
+
+    with zipfile.ZipFile(wheel) as archive:
+        assert set(archive.namelist()) == expected
+
+
+def test_wheel_runs_on_any_python_from_3_9_on_and_needs_nothing_else(metadata: email.message.Message) -> None:
+    """The metadata names no dependency and no upper bound of Python's version."""
+    assert metadata.get_all("Requires-Dist") is None
+    assert metadata.get_all("Provides-Extra") is None
+    assert metadata["Requires-Python"] == ">=3.9"
+    assert metadata["License-Expression"] == "MIT"
+
+
+def test_versions_agree(metadata: email.message.Message) -> None:
+    """pyproject.toml, which the metadata comes from, and `__version__` name the same version."""
+    assert metadata["Version"] == zamp_sdk.__version__
+
+
+def test_console_script(wheel: Path) -> None:
+    """The only command that is installed is zamp-sdk, and it is the same as `python -m zamp_sdk`."""
+    entry_points = configparser.ConfigParser()
+    with zipfile.ZipFile(wheel) as archive:
+        entry_points.read_string(archive.read(f"zamp_sdk-{zamp_sdk.__version__}.dist-info/entry_points.txt").decode())
+
+    assert entry_points.sections() == ["console_scripts"]
+    assert dict(entry_points["console_scripts"]) == {"zamp-sdk": "zamp_sdk.cli:main"}
+
+
+def test_source_distribution_can_be_tested(distributions: Path) -> None:
+    """The source distribution holds the tests, the Makefile and the licence, and nothing that tools leave behind."""
+    (sdist,) = distributions.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.split("/", 1)[1] for name in archive.getnames()}
+
+    assert {"LICENSE", "Makefile", "README.md", "pyproject.toml", "tests/test_packaging.py", ".ci/layer.py"} <= names
+    assert {name.split("/")[0] for name in names} <= {
+        ".ci",
+        ".gitignore",
+        "CHANGELOG.md",
+        "LICENSE",
+        "Makefile",
+        "PKG-INFO",
+        "README.md",
+        "pyproject.toml",
+        "tests",
+        "zamp_sdk",
+    }
+    assert not [name for name in names if "__pycache__" in name]
+
+
+def absolute_imports(module: Path) -> set[str]:
+    """The dotted names of the modules that a module imports, at any level of nesting, other than relatively."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            # `from a import b` may import the module a.b.
+            names.update(name for alias in node.names for name in (f"{node.module}", f"{node.module}.{alias.name}"))
+    return names
+
+
+each_module = pytest.mark.parametrize("module", MODULES, ids=lambda path: path.relative_to(ROOT).as_posix())
+
+
+@each_module
+def test_modules_can_be_copied_anywhere(module: Path) -> None:
+    """A module names the package only relatively, and asks neither for its own path nor for installed metadata."""
+    imported = absolute_imports(module)
+
+    assert not imported & {"importlib.metadata", "importlib.resources", "pkg_resources", "pkgutil"}
+    assert not [name for name in imported if name.split(".")[0] == "zamp_sdk"]
+    assert "__file__" not in module.read_text(encoding="utf-8")
+
+
+@each_module
+def test_modules_import_only_the_standard_library(module: Path) -> None:
+    """What a module imports is the package's own, or comes with Python."""
+    if sys.version_info < (3, 10):
+        pytest.skip("sys.stdlib_module_names is new in Python 3.10")
+
+    assert {name.split(".")[0] for name in absolute_imports(module)} <= sys.stdlib_module_names
+
+
+def test_no_file_names_a_place_outside_the_checkout() -> None:
+    """No tracked file has a path of the machine that it was written on."""
+    listing = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listing.returncode != 0:
+        pytest.skip("not a git checkout")
+    outside = re.compile(rb"(?<![\w.])/(?:home|root|Users|work)/\w|\.\./shared")
+
+    tracked = [ROOT / name for name in listing.stdout.split("\0") if name]
+
+    assert [str(path) for path in tracked if path.is_file() and outside.search(path.read_bytes())] == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "tests").rglob("test_*.py")), ids=lambda path: path.name)
+def test_every_test_says_what_it_shows(path: Path) -> None:
+    """A test module and each test in it has a docstring, which states one behaviour."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tests = [
+        node
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name.startswith("test_")
+    ]
+    assert ast.get_docstring(tree)
+    assert [test.name for test in tests if not ast.get_docstring(test)] == []

@@ -1,0 +1,5 @@
+"""``python -m zamp_sdk``."""
+
+from .cli import main
+
+raise SystemExit(main())

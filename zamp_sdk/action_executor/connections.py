@@ -1,0 +1,452 @@
+"""What blocks, for worker threads only: the opener, the connection pool, TLS, and one request's way through them.
+
+``urllib.request`` as it comes would follow redirects with the token, open ``file:`` URLs and close every
+connection. So the opener is made by hand, and ``do_open`` is given an ``Exchange`` that looks like a connection
+and leases one from the pool. Every exception of the libraries below becomes a ``Failure`` here.
+"""
+
+# ruff: noqa: D102  # what do_open calls is documented by http.client
+from __future__ import annotations
+
+import atexit
+import errno
+import functools
+import http.client
+import math
+import os
+import select
+import socket
+import ssl
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generator, Mapping, NamedTuple
+
+from .wire import Failure, Reply, excerpt
+
+if TYPE_CHECKING:
+    from .lifeline import Lifeline
+    from .wire import Answer
+
+MAX_SOCKETS = 64  # in all, idle ones included
+MAX_IDLE, MAX_IDLE_FOR_POST = 10.0, 1.0  # s; a thawed process never sees that its peer has closed
+CONNECT_TIMEOUT = 10.0  # s for one address, so that a dead one leaves time for the next
+MAX_BODY = 64 * 1024 * 1024  # bytes
+
+
+class Wait(NamedTuple):
+    """What an exchange waits for on its socket, at most until ``until`` by ``time.monotonic``."""
+
+    for_writing: bool = False
+    until: float = math.inf
+
+
+Steps = Generator[Wait, None, None]
+
+
+class _Connection(http.client.HTTPConnection):
+    """An http.client connection that connects only when told to, under a lifeline, and knows whose it is."""
+
+    debuglevel = 0  # whatever the application has set on HTTPConnection: it prints headers
+    auto_open = 0  # a silent second connect would escape the deadline
+
+    def __init__(self, host: str, tunnel: tuple[str, Mapping[str, str]] | None, *, is_tls: bool) -> None:
+        self.default_port = 443 if is_tls else 80
+        super().__init__(host)
+        self.is_tls = is_tls
+        self.idle_since = 0.0
+        if tunnel is not None:
+            self.set_tunnel(tunnel[0], headers=dict(tunnel[1]))
+
+    def steps_to_connect(self, lifeline: Lifeline) -> Steps:
+        """Connect, waiting for nothing itself but a name lookup and a proxy's answer to CONNECT."""
+        yield from self._dial(lifeline)
+        tunnel_host: str | None = getattr(self, "_tunnel_host", None)
+        if tunnel_host:
+            lifeline.hold(self.sock)
+            self._tunnel()  # type: ignore[attr-defined]  # typeshed leaves it out; http.client's own connect calls it
+        if self.is_tls:
+            # The handshake waits until self.sock is the new socket, for wrap_socket empties the old one.
+            self.sock = _pool.tls_context().wrap_socket(
+                self.sock, server_hostname=tunnel_host or self.host, do_handshake_on_connect=False
+            )
+            yield from self._shake_hands(self.sock, lifeline)
+
+    def _dial(self, lifeline: Lifeline) -> Steps:
+        failure: OSError = OSError("no address found")
+        for family, kind, proto, _, address in socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM):
+            lifeline.remaining()
+            try:
+                self.sock = sock = socket.socket(family, kind, proto)
+                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                yield from self._connect_to(address, lifeline)
+                return
+            except OSError as exc:
+                self.close()
+                failure = exc
+        raise failure
+
+    def _connect_to(self, address: Any, lifeline: Lifeline) -> Steps:
+        give_up_at = time.monotonic() + CONNECT_TIMEOUT
+        self.sock.settimeout(0)
+        error = self.sock.connect_ex(address)
+        if self.is_tls:
+            _pool.tls_context()  # made while the network is at work
+        if error in (errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", 0)):
+            while not _is_ready(self.sock, lifeline.patience, for_writing=True):
+                if time.monotonic() >= give_up_at:
+                    raise TimeoutError("timed out")
+                yield Wait(for_writing=True, until=give_up_at)
+            error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if error:
+            raise OSError(error, os.strerror(error))
+
+    def _shake_hands(self, sock: ssl.SSLSocket, lifeline: Lifeline) -> Steps:
+        while True:
+            sock.settimeout(0)
+            try:
+                return sock.do_handshake()
+            except ssl.SSLWantReadError:
+                while not _is_ready(sock, lifeline.patience):
+                    yield Wait()
+            except ssl.SSLWantWriteError:
+                while not _is_ready(sock, lifeline.patience, for_writing=True):
+                    yield Wait(for_writing=True)
+
+
+class _Response(http.client.HTTPResponse):
+    """A response that skips informational ones (RFC 9110, 15.2), of which http.client knows but 100."""
+
+    def _read_status(self) -> tuple[str, int, str]:
+        while True:
+            version, status, reason = super()._read_status()  # type: ignore[misc]  # typeshed leaves it out
+            if not 101 < status < 200:
+                return version, status, reason
+            http.client.parse_headers(self.fp)
+
+
+class _Pool:
+    """The process's connections: at most MAX_SOCKETS of them, each leased to one exchange or idle."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._context: ssl.SSLContext | None = None
+        self._leased: set[_Connection] = set()
+        self._idle: list[tuple[object, _Connection]] = []  # the longest idle first
+
+    def take(self, key: object, max_idle: float) -> _Connection | None:
+        """Lease the idle connection that was used last, if it is alive and young enough."""
+        now = time.monotonic()
+        with self._lock:
+            while self._idle and now - self._idle[0][1].idle_since > MAX_IDLE:
+                self._idle.pop(0)[1].close()
+            for index in range(len(self._idle) - 1, -1, -1):
+                its_key, connection = self._idle[index]
+                if its_key != key or now - connection.idle_since > max_idle:
+                    continue
+                del self._idle[index]
+                if not _is_ready(connection.sock, 0):  # readable while idle: the peer has closed it
+                    self._leased.add(connection)
+                    return connection
+                connection.close()
+        return None
+
+    def add(self, connection: _Connection) -> None:
+        """Count a new connection as leased, making room for it."""
+        with self._lock:
+            while self._idle and len(self._idle) + len(self._leased) >= MAX_SOCKETS:
+                self._idle.pop(0)[1].close()
+            self._leased.add(connection)
+
+    def give_back(self, key: object, connection: _Connection, *, reusable: bool) -> None:
+        """End a lease; twice does no harm."""
+        with self._lock:
+            if connection not in self._leased:
+                return
+            self._leased.remove(connection)
+            if reusable:
+                connection.idle_since = time.monotonic()
+                self._idle.append((key, connection))
+            else:
+                connection.close()
+
+    def tls_context(self) -> ssl.SSLContext:
+        """The one context: making it costs 20 ms, most of them for reading the CAs."""
+        with self._lock:
+            if self._context is None:
+                self._context = ssl.create_default_context()
+                self._context.minimum_version = ssl.TLSVersion.TLSv1_2
+                self._context.hostname_checks_common_name = False
+            return self._context
+
+    def close(self) -> None:
+        """Close what is idle."""
+        with self._lock:
+            while self._idle:
+                self._idle.pop()[1].close()
+
+    def start_afresh(self) -> None:
+        """In a forked child: its copies of the sockets are closed, which the parent's do not feel."""
+        inherited = [connection for _, connection in self._idle] + list(self._leased)
+        self.__init__()  # type: ignore[misc]  # the lock too: another thread may have held it while this one forked
+        for connection in inherited:
+            connection.close()
+
+
+_pool = _Pool()
+atexit.register(_pool.close)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_pool.start_afresh)
+
+
+class _Request(urllib.request.Request):
+    """urllib's request, which also carries its exchange to the handler."""
+
+    exchange: Exchange
+
+
+class _Handler(urllib.request.AbstractHTTPHandler):
+    def http_open(self, request: _Request) -> http.client.HTTPResponse:
+        return self.do_open(request.exchange.as_connection, request)  # type: ignore[arg-type]  # it quacks like one
+
+    https_open = http_open
+    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
+
+
+class _ProxyHandler(urllib.request.ProxyHandler):
+    def proxy_open(self, request: urllib.request.Request, proxy: str, type: str) -> Any:  # noqa: A002  # the base's name
+        scheme, separator, _ = proxy.partition("://")
+        if separator and scheme.lower() != "http" and not urllib.request.proxy_bypass(request.host):
+            raise ValueError(  # urllib would speak plain HTTP to it
+                f"{type.upper()}_PROXY names a {scheme}:// proxy, and only http:// proxies can be used"
+            )
+        return super().proxy_open(request, proxy, type)
+
+
+@functools.cache
+def _opener() -> urllib.request.OpenerDirector:
+    opener = urllib.request.OpenerDirector()
+    opener.add_handler(_ProxyHandler())
+    opener.add_handler(_Handler(debuglevel=0))
+    return opener
+
+
+class _NotConnectedError(Exception):
+    pass
+
+
+class _TooLargeError(Exception):
+    pass
+
+
+class Exchange:
+    """One request and its reply over a leased connection; ``do_open`` takes it for a connection and a response."""
+
+    sock = None  # so that do_open leaves the leased connection open
+    reason = ""  # do_open reads it of a response
+
+    def __init__(
+        self, lifeline: Lifeline, method: str, url: str, headers: Mapping[str, str], body: bytes | None
+    ) -> None:
+        self.sent: bool = False
+        self.waits_for: Wait = Wait()
+        self._lifeline = lifeline
+        self._method, self._url, self._headers, self._body = method, url, headers, body
+        self._is_tls = url.startswith("https:")
+        self._host = ""
+        self._tunnel: tuple[str, Mapping[str, str]] | None = None
+        self._connection: _Connection | None = None
+        self._response: http.client.HTTPResponse | None = None
+        self._steps = self._perform()
+
+    # What http_client calls.
+
+    def proceed(self) -> Answer | None:
+        """In a thread: go on to the answer; or return None when ``waits_for`` says what has to come first."""
+        try:
+            if self._connection is not None:
+                self._lifeline.hold(self._connection.sock)
+            self.waits_for = next(self._steps)
+        except StopIteration as stop:
+            reply: Reply = stop.value
+            return reply
+        except Exception as exc:  # noqa: BLE001  # the one edge of translation
+            return self._fail(exc)
+        return None if self._lifeline.rest() else self._fail(TimeoutError("timed out"))
+
+    def fileno(self) -> int:
+        """In the event loop: the file descriptor to wait for."""
+        return int(self._leased.sock.fileno())
+
+    def discard(self) -> None:
+        """Close the connection; in the event loop only if the lifeline said that the thread is at rest."""
+        if self._response is not None:
+            self._response.close()
+        self._give_back(reusable=False)
+
+    # What do_open calls.
+
+    def as_connection(self, host: str, **_: Any) -> Exchange:
+        self._host = host
+        return self
+
+    def set_debuglevel(self, level: int) -> None:
+        pass
+
+    def set_tunnel(self, host: str, headers: Mapping[str, str]) -> None:
+        self._tunnel = (host, headers)
+
+    def request(self, method: str, selector: str, body: bytes | None, headers: dict[str, str], **_: Any) -> None:
+        if self._connection is None:
+            self._connection = _pool.take(self._key, MAX_IDLE_FOR_POST if method == "POST" else MAX_IDLE)
+            if self._connection is None:
+                raise _NotConnectedError
+            self._lifeline.hold(self._connection.sock)
+        del headers["Connection"]  # do_open asks for it to be closed
+        self.sent = True
+        self._connection.request(method, selector, body, headers)
+
+    def getresponse(self) -> Exchange:
+        return self  # nothing is read yet
+
+    def close(self) -> None:
+        pass  # send() does what is to be done about its exceptions
+
+    # The rest is this class's own.
+
+    def _perform(self) -> Generator[Wait, None, Reply]:
+        if not self._open():
+            yield from self._connect()
+            self._open()
+        connection = self._leased
+        response = self._response = _Response(connection.sock, method=self._method)
+        while not _is_ready(connection.sock, self._lifeline.patience) or not self._has_begun(response):
+            yield Wait()
+        connection.response_class = lambda *_, **__: response  # type: ignore[assignment]  # it has begun
+        connection.getresponse()
+        del connection.response_class
+        reply = Reply(
+            response.status, {name.lower(): value for name, value in response.headers.items()}, _read(response)
+        )
+        self._lifeline.remaining()  # a socket that was shut down reads like one that has ended
+        if self._lifeline.finish() and response.isclosed() and not response.length and not response.will_close:
+            self._give_back(reusable=True)
+        else:
+            self.discard()
+        return reply
+
+    def _open(self) -> bool:
+        """Send the request, if there is a connection to send it on; through the opener, which knows the proxies."""
+        request = _Request(self._url, self._body, dict(self._headers), method=self._method)
+        request.exchange = self
+        try:
+            _opener().open(request, timeout=self._lifeline.remaining())
+        except _NotConnectedError:
+            return False
+        return True
+
+    def _connect(self) -> Steps:
+        connection = _Connection(self._host, self._tunnel, is_tls=self._is_tls)
+        _pool.add(connection)
+        self._connection = connection
+        yield from connection.steps_to_connect(self._lifeline)
+        self._lifeline.hold(connection.sock)
+
+    @property
+    def _key(self) -> object:
+        return self._is_tls, self._host, self._tunnel and self._tunnel[0]
+
+    @property
+    def _leased(self) -> _Connection:
+        assert self._connection is not None
+        return self._connection
+
+    def _has_begun(self, response: http.client.HTTPResponse) -> bool:
+        """Whether the reply begins; TLS session tickets make a socket readable long before it does."""
+        if self._is_tls:
+            sock = self._leased.sock
+            sock.settimeout(0)
+            try:
+                response.fp.peek(1)
+            except (BlockingIOError, ssl.SSLWantReadError):
+                return False
+            finally:
+                self._lifeline.hold(sock)
+        return True
+
+    def _give_back(self, *, reusable: bool) -> None:
+        if self._connection is not None:
+            _pool.give_back(self._key, self._connection, reusable=reusable)
+
+    def _fail(self, exc: Exception) -> Failure:
+        self._lifeline.finish()
+        self.discard()
+        if isinstance(exc, urllib.error.URLError) and isinstance(exc.reason, Exception):
+            exc = exc.reason
+        exc.__traceback__ = exc.__context__ = None  # its frames hold the token
+        if isinstance(exc, _TooLargeError):
+            return Failure(f"the reply is over {MAX_BODY // 1024**2} MiB", self.sent, retryable=False)
+        if self._lifeline.is_cut:
+            exc = TimeoutError("timed out")
+        origin = self._url.split("/")[2]
+        if self._host not in ("", origin):
+            origin += f" through the proxy {self._host}"
+        what = excerpt(str(exc).encode(errors="replace")) if str(exc) else type(exc).__name__
+        cause = exc if isinstance(exc, OSError) else None  # http.client's exceptions quote what the peer sent
+        if self.sent:
+            retryable = isinstance(exc, (OSError, http.client.HTTPException))
+            return Failure(f"no reply from {origin}: {what}", sent=True, retryable=retryable, cause=cause)
+        advice, retryable = _advice(exc)
+        return Failure(f"cannot connect to {origin}: {what}{advice}", sent=False, retryable=retryable, cause=cause)
+
+
+def _advice(exc: Exception) -> tuple[str, bool]:
+    """What to say of a failure to connect, and whether another try may fare better."""
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        # 18 to 21: self-signed, or an unknown issuer; trusting more CAs does not help the others, such as expired ones.
+        advice = "; if its CA is private, set SSL_CERT_FILE to its PEM file" if 18 <= exc.verify_code <= 21 else ""
+        for variable in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+            path = os.environ.get(variable)
+            if path and not Path(path).exists():
+                advice = f"; {variable} names {path}, which does not exist, so that no CA is trusted"
+        return advice, False
+    if isinstance(exc, ssl.SSLError) and not isinstance(exc, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
+        return "; does it speak TLS 1.2 or later there?", False
+    text = str(exc)
+    if text.startswith("Tunnel connection failed: "):
+        if text[26:27] == "5":
+            return "; the proxy cannot reach it", True
+        return "; the proxy refuses: put its user name and password into HTTPS_PROXY, or the host into NO_PROXY", False
+    return "", isinstance(exc, (OSError, http.client.HTTPException))
+
+
+def _read(response: http.client.HTTPResponse) -> bytes:
+    """Read a body; of a refusal, as much as comes: a proxy may answer and reset before it has read the request."""
+    if (response.length or 0) > MAX_BODY:
+        raise _TooLargeError
+    body = bytearray()
+    try:
+        while True:
+            piece = response.read(64 * 1024)
+            if not piece:
+                break
+            body += piece
+            if len(body) > MAX_BODY:
+                raise _TooLargeError
+        if response.length:  # read(n), other than read(), does not tell a truncated body
+            raise http.client.IncompleteRead(b"", response.length)
+    except (OSError, http.client.HTTPException):
+        if 200 <= response.status < 300:
+            raise
+    return bytes(body)
+
+
+def _is_ready(sock: socket.socket, timeout: float, *, for_writing: bool = False) -> bool:
+    if hasattr(select, "poll"):  # not select.select, which dies of file descriptors over 1,023
+        poll = select.poll()
+        poll.register(sock, select.POLLOUT if for_writing else select.POLLIN)
+        return bool(poll.poll(timeout * 1000))
+    reading, writing = ([], [sock]) if for_writing else ([sock], [])
+    return any(select.select(reading, writing, writing, timeout))

@@ -1,0 +1,323 @@
+"""The public calls, and the one loop that performs the lifecycle's steps."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import math
+import os
+import random
+import time
+from datetime import timedelta
+from typing import Any, Callable, Generic, TypeVar, overload
+
+from ..errors import ActionTimeoutError, HttpClientError
+from . import http_client, lifecycle, wire
+from .models import ActionStatus, RetryPolicy, SdkConfig
+
+T = TypeVar("T")
+LONG_RETRY = 5.0  # s of waiting after a failure from which it is worth a warning
+Observer = Callable[["lifecycle.Send | lifecycle.Sleep"], None]
+
+logger: logging.Logger = logging.getLogger("zamp_sdk")
+logger.addHandler(logging.NullHandler())
+
+
+class ActionHandle(Generic[T]):
+    """An action on the platform, whoever started it; made by ``ActionExecutor.start`` and ``get_handle``."""
+
+    def __init__(
+        self,
+        action_id: str,
+        config: SdkConfig,
+        return_type: type[T] | None,
+        *,
+        started_at: float | None = None,
+        limit: float = math.inf,
+        reply: wire.ActionReply | None = None,
+    ) -> None:
+        self._id = action_id
+        self._config = config
+        self._return_type = return_type
+        self._started_at = started_at
+        self._limit = limit
+        self._ended = reply if reply is not None and reply.status not in (None, ActionStatus.RUNNING) else None
+
+    def __repr__(self) -> str:
+        return f"<ActionHandle {self._id!r} at {self._config.base_url}>"
+
+    @property
+    def id(self) -> str:
+        """The platform's id of the action: keep it, and any process can collect the result."""
+        return self._id
+
+    async def status(self) -> ActionStatus:
+        """Ask the platform once how the action stands; HttpClientError if it cannot be asked."""
+        reply = await _perform(lifecycle.look(self._id), self._config)
+        if reply.status not in ActionStatus.__members__:
+            lifecycle.outcome(self._id, reply)
+        return ActionStatus(reply.status)
+
+    async def result(self, timeout: timedelta | None = None) -> T:
+        """Wait until the action ends and return its result; may be called again and again.
+
+        Args:
+            timeout: How long to wait; a poll that is under way then gets a second more. The default is until the
+                platform must have ended an action started here (at least an hour); else there is no limit.
+
+        Raises:
+            ActionFailedError: The action ended without a result.
+            ActionTimeoutError: The wait is over; the action goes on.
+            HttpClientError: The platform cannot be asked; the action goes on.
+        """
+        return await self._wait(timeout)
+
+    async def _wait(self, timeout: timedelta | None, observe: Observer | None = None) -> T:
+        limit = self._limit
+        if timeout is not None:
+            if not isinstance(timeout, timedelta):
+                raise TypeError(f"timeout must be a timedelta, not {type(timeout).__name__}")
+            if timeout < timedelta(0):
+                raise ValueError(f"timeout must not be negative: {timeout}")
+            limit = timeout.total_seconds()
+        if self._ended is None:
+            steps = lifecycle.follow(
+                self._id, clock=time.monotonic, jitter=random.random, started_at=self._started_at, limit=limit
+            )
+            self._ended = await _perform(steps, self._config, observe)
+        return self._validated(lifecycle.outcome(self._id, self._ended))
+
+    def _validated(self, result: Any) -> T:
+        validate = getattr(self._return_type, "model_validate", None)
+        if validate is None:
+            return result  # type: ignore[no-any-return]  # as it came: documented
+        try:
+            return validate(result)  # type: ignore[no-any-return]  # duck-typed
+        except Exception as exc:
+            if hasattr(exc, "add_note"):  # Python 3.11
+                exc.add_note(f"Action {self._id} did complete; only its result is not what return_type describes.")
+            raise
+
+
+class ActionExecutor:
+    """Runs actions on the Zamp platform."""
+
+    @overload
+    @staticmethod
+    async def execute(
+        action_name: str,
+        params: Any,
+        *,
+        base_url: str | None = None,
+        auth_token: str | None = None,
+        summary: str | None = None,
+        return_type: type[T],
+        action_retry_policy: RetryPolicy | None = None,
+        action_start_to_close_timeout: timedelta | None = None,
+    ) -> T: ...
+
+    @overload
+    @staticmethod
+    async def execute(
+        action_name: str,
+        params: Any,
+        *,
+        base_url: str | None = None,
+        auth_token: str | None = None,
+        summary: str | None = None,
+        return_type: None = None,
+        action_retry_policy: RetryPolicy | None = None,
+        action_start_to_close_timeout: timedelta | None = None,
+    ) -> Any: ...
+
+    @staticmethod
+    async def execute(
+        action_name: str,
+        params: Any,
+        *,
+        base_url: str | None = None,
+        auth_token: str | None = None,
+        summary: str | None = None,
+        return_type: type | None = None,
+        action_retry_policy: RetryPolicy | None = None,
+        action_start_to_close_timeout: timedelta | None = None,
+    ) -> Any:
+        """Start an action, wait until it ends, and return its result.
+
+        Args:
+            action_name: The action's name on the platform.
+            params: Any JSON value; dataclasses, objects with ``model_dump``, dates, times, timedeltas, UUIDs,
+                Decimals and Enums are converted wherever they stand in it.
+            base_url: The platform's URL; default: ``ZAMP_BASE_URL``.
+            auth_token: The bearer token; default: ``ZAMP_AUTH_TOKEN``.
+            summary: What the platform shows people about this run.
+            return_type: Where it has ``model_validate``, the result is what that makes of it; any other type
+                only tells a type checker, and the result stays as it came.
+            action_retry_policy: How the platform retries the action's attempts; default: the platform's.
+            action_start_to_close_timeout: The limit of one attempt; default: the platform's.
+
+        Returns:
+            The action's result.
+
+        Raises:
+            MissingConfigError: There is no base URL or no token.
+            TypeError, ValueError: An argument cannot be used; nothing was sent.
+            HttpClientError: A request failed; ``may_have_started`` and ``action_id`` say where that leaves the action.
+            ActionFailedError: The action ended without a result.
+            ActionTimeoutError: It had not ended when the platform itself must have given it up.
+        """
+        handle: ActionHandle[Any] = await ActionExecutor.start(
+            action_name,
+            params,
+            base_url=base_url,
+            auth_token=auth_token,
+            summary=summary,
+            return_type=return_type,
+            action_retry_policy=action_retry_policy,
+            action_start_to_close_timeout=action_start_to_close_timeout,
+        )
+        try:
+            return await handle.result()
+        except (asyncio.CancelledError, ActionTimeoutError):
+            logger.warning("no longer waiting for action %s (%r), which goes on", handle.id, action_name)
+            raise
+
+    @overload
+    @staticmethod
+    async def start(
+        action_name: str,
+        params: Any,
+        *,
+        base_url: str | None = None,
+        auth_token: str | None = None,
+        summary: str | None = None,
+        return_type: type[T],
+        action_retry_policy: RetryPolicy | None = None,
+        action_start_to_close_timeout: timedelta | None = None,
+    ) -> ActionHandle[T]: ...
+
+    @overload
+    @staticmethod
+    async def start(
+        action_name: str,
+        params: Any,
+        *,
+        base_url: str | None = None,
+        auth_token: str | None = None,
+        summary: str | None = None,
+        return_type: None = None,
+        action_retry_policy: RetryPolicy | None = None,
+        action_start_to_close_timeout: timedelta | None = None,
+    ) -> ActionHandle[Any]: ...
+
+    @staticmethod
+    async def start(
+        action_name: str,
+        params: Any,
+        *,
+        base_url: str | None = None,
+        auth_token: str | None = None,
+        summary: str | None = None,
+        return_type: type | None = None,
+        action_retry_policy: RetryPolicy | None = None,
+        action_start_to_close_timeout: timedelta | None = None,
+    ) -> ActionHandle[Any]:
+        """Start an action and return its handle as soon as the platform has given it an id; see ``execute``."""
+        config = _resolve(base_url, auth_token)
+        request = wire.start_request(
+            action_name,
+            params,
+            summary=summary,
+            retry_policy=action_retry_policy,
+            start_to_close_timeout=action_start_to_close_timeout,
+            idempotency_key=os.urandom(16).hex(),
+        )
+        try:
+            reply = await _perform(lifecycle.start(request, clock=time.monotonic, jitter=random.random), config)
+        except asyncio.CancelledError:
+            logger.warning("cancelled while starting action %r: it may have started all the same", action_name)
+            raise
+        assert reply.id is not None
+        return ActionHandle(
+            reply.id,
+            config,
+            return_type,
+            started_at=time.monotonic(),
+            limit=lifecycle.wait_limit(action_retry_policy, action_start_to_close_timeout),
+            reply=reply,
+        )
+
+    @overload
+    @staticmethod
+    def get_handle(
+        action_id: str, *, base_url: str | None = None, auth_token: str | None = None, return_type: type[T]
+    ) -> ActionHandle[T]: ...
+
+    @overload
+    @staticmethod
+    def get_handle(
+        action_id: str, *, base_url: str | None = None, auth_token: str | None = None, return_type: None = None
+    ) -> ActionHandle[Any]: ...
+
+    @staticmethod
+    def get_handle(
+        action_id: str,
+        *,
+        base_url: str | None = None,
+        auth_token: str | None = None,
+        return_type: type | None = None,
+    ) -> ActionHandle[Any]:
+        """Return the handle of an action that was started anywhere; sends nothing; ValueError for a bad id."""
+        wire.check_action_id(action_id)
+        return ActionHandle(action_id, _resolve(base_url, auth_token), return_type)
+
+
+def _resolve(base_url: str | None, auth_token: str | None) -> SdkConfig:
+    config = SdkConfig.resolve(base_url, auth_token)
+    if config.base_url.startswith("http:"):
+        _warn_of_plain_http(config.base_url)
+    return config
+
+
+@functools.lru_cache(maxsize=8)
+def _warn_of_plain_http(base_url: str) -> None:
+    """Warn of a token sent in the clear: once for each URL, and not about this machine itself."""
+    host = base_url.split("/")[2]
+    if not host.startswith(("127.", "localhost", "[::1]")):
+        logger.warning("%s is plain http: the token and the data can be read on the way; use https", base_url)
+
+
+async def _perform(steps: lifecycle.Steps, config: SdkConfig, observe: Observer | None = None) -> wire.ActionReply:
+    answer = None
+    while True:
+        try:
+            step = steps.send(answer)
+        except StopIteration as stop:
+            reply: wire.ActionReply = stop.value
+            return reply
+        except (HttpClientError, ActionTimeoutError) as exc:
+            _redact(exc, config.auth_token)
+            raise
+        if isinstance(step, lifecycle.Sleep) and step.failure:
+            step = step._replace(failure=http_client.redacted(step.failure, config.auth_token))
+        if observe is not None:
+            observe(step)
+        if isinstance(step, lifecycle.Send):
+            answer = await http_client.send(config, step.request, step.timeout)
+        else:
+            answer = None
+            if step.failure and step.seconds > LONG_RETRY:
+                logger.warning("waiting %.0f s to try again: %s", step.seconds, step.failure)
+            await asyncio.sleep(step.seconds)
+
+
+def _redact(exc: BaseException | None, token: str) -> None:
+    """Take the token out of an error: a peer may have echoed it in what the error quotes."""
+    if isinstance(exc, (HttpClientError, ActionTimeoutError)):
+        exc.message = http_client.redacted(exc.message, token)
+        exc.args = (exc.message,)
+        _redact(exc.__cause__, token)
+    if isinstance(exc, HttpClientError):
+        exc.response_body = exc.response_body and http_client.redacted(exc.response_body, token)
+        exc.headers = {name: http_client.redacted(value, token) for name, value in exc.headers.items()}

@@ -1,0 +1,164 @@
+"""Sending one request from an event loop: ``urllib.request`` inside ``asyncio.to_thread``, in three phases.
+
+- *send* in a thread: lease a connection or make one, write the request, and read an answer that comes at once;
+- *wait* in the event loop, so that no thread waits for the network's answer;
+- *receive* in a thread: read the reply.
+
+What blocks lives in ``connections``, which the first request imports, in its thread. Nothing here retries.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import time
+from typing import TYPE_CHECKING, Callable
+from weakref import WeakKeyDictionary
+
+from .lifeline import Lifeline
+from .wire import Answer, Failure, Reply, Request
+
+if TYPE_CHECKING:
+    from .connections import Exchange
+    from .models import SdkConfig
+
+__version__ = "1.0.0"  # of the package; the User-Agent tells it
+
+SLOTS = 64  # requests in flight per event loop, and so sockets
+UNWIND = 1.0  # s for a thread to notice that its request was cut off; a name lookup alone never does
+SLOW_THREAD = 1.0  # s of waiting for a thread from which a failure mentions it
+USER_AGENT = f"zamp-sdk/{__version__} Python/{sys.version_info[0]}.{sys.version_info[1]} {sys.platform}"
+
+logger: logging.Logger = logging.getLogger("zamp_sdk")
+_slots: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
+
+
+def redacted(text: str, token: str) -> str:
+    """Take the token out of a text that a peer may have echoed it into."""
+    return text.replace(token, "[token]")
+
+
+async def send(config: SdkConfig, request: Request, timeout: float) -> Answer:
+    """Send a request and return what became of it within ``timeout`` seconds; waiting for a slot does not count."""
+    loop = asyncio.get_running_loop()
+    slots = _slots.get(loop)
+    if slots is None:
+        slots = _slots[loop] = asyncio.Semaphore(SLOTS)
+    async with slots:
+        call = _Call(config, request, timeout)
+        began = time.monotonic()
+        answer = await call.perform()
+        if logger.isEnabledFor(logging.DEBUG):
+            outcome = answer.status_code if isinstance(answer, Reply) else redacted(answer.message, config.auth_token)
+            logger.debug("%s %s: %s, %.0f ms", request.method, call.url, outcome, (time.monotonic() - began) * 1000)
+        return answer
+
+
+class _Call:
+    """One request on its way through the three phases."""
+
+    def __init__(self, config: SdkConfig, request: Request, timeout: float) -> None:
+        self.url = config.base_url + request.path
+        self.request = request
+        self.headers = {
+            **request.headers,
+            "Authorization": f"Bearer {config.auth_token}",
+            "Accept": "application/json",
+            "User-Agent": USER_AGENT,
+        }
+        self.timeout = timeout
+        self.lifeline = Lifeline(time.monotonic() + timeout)
+        self.exchange: Exchange | None = None
+        self.queued_since: float | None = None
+        self.queued = 0.0
+
+    async def perform(self) -> Answer:
+        try:
+            answer = await self._in_thread(self._begin)
+            while answer is None:
+                answer = await self._in_thread(self._go_on) if await self._is_ready() else self._timed_out()
+        except BaseException:  # cancelled: nobody will read an answer any more
+            self._abandon()
+            raise
+        queued = self.queued if self.queued_since is None else time.monotonic() - self.queued_since
+        if isinstance(answer, Failure) and queued > SLOW_THREAD:
+            advice = (
+                f"; it waited {queued:.1f} s for a thread, since other work keeps the event loop's default executor "
+                "busy: give it more with loop.set_default_executor(ThreadPoolExecutor(64))"
+            )
+            answer = answer._replace(message=answer.message + advice)
+        return answer
+
+    async def _in_thread(self, phase: Callable[[], Answer | None]) -> Answer | None:
+        """Run a phase in a thread, but not beyond the deadline: then its socket is shut down under it."""
+        self.queued_since = time.monotonic()
+        thread = asyncio.ensure_future(asyncio.to_thread(phase))
+        try:
+            await asyncio.wait({thread}, timeout=max(0.0, self.lifeline.deadline - self.queued_since))
+            if not thread.done():
+                self._abandon()
+                if self.queued_since is None:
+                    await asyncio.wait({thread}, timeout=UNWIND)
+        finally:
+            if not thread.done():
+                thread.cancel()  # a phase that no thread has begun never begins
+        if not thread.done():
+            return self._timed_out()
+        try:
+            return thread.result()
+        except RuntimeError as exc:  # "cannot schedule new futures", "can't start new thread"
+            return Failure(f"no thread to send it from: {exc}", self._is_sent, retryable=False, cause=exc)
+
+    def _begin(self) -> Answer | None:
+        self._entered()
+        from .connections import Exchange
+
+        self.exchange = Exchange(self.lifeline, self.request.method, self.url, self.headers, self.request.body)
+        return self.exchange.proceed()
+
+    def _go_on(self) -> Answer | None:
+        self._entered()
+        assert self.exchange is not None
+        return self.exchange.proceed()
+
+    async def _is_ready(self) -> bool:
+        """Wait for what the exchange waits for; False at the deadline."""
+        assert self.exchange is not None
+        loop = asyncio.get_running_loop()
+        ready: asyncio.Future[None] = loop.create_future()
+        fileno = self.exchange.fileno()
+        for_writing, until = self.exchange.waits_for
+        add, remove = (loop.add_writer, loop.remove_writer) if for_writing else (loop.add_reader, loop.remove_reader)
+        try:
+            add(fileno, _settle, ready)
+        except NotImplementedError:  # Windows' proactor loop: the thread has to wait itself
+            self.lifeline.patience = self.timeout
+            return True
+        try:
+            await asyncio.wait({ready}, timeout=max(0.0, min(until, self.lifeline.deadline) - time.monotonic()))
+        finally:
+            remove(fileno)
+        return ready.done() or time.monotonic() < self.lifeline.deadline
+
+    def _entered(self) -> None:
+        assert self.queued_since is not None
+        self.queued += time.monotonic() - self.queued_since
+        self.queued_since = None
+
+    @property
+    def _is_sent(self) -> bool:
+        return self.exchange is not None and self.exchange.sent
+
+    def _timed_out(self) -> Failure:
+        self._abandon()
+        return Failure(f"timed out after {self.timeout:g} s", self._is_sent, retryable=True)
+
+    def _abandon(self) -> None:
+        if self.lifeline.cut() and self.exchange is not None:
+            self.exchange.discard()
+
+
+def _settle(future: asyncio.Future[None]) -> None:
+    if not future.done():  # a reader or writer is called again until it is removed
+        future.set_result(None)

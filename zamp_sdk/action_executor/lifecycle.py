@@ -1,0 +1,288 @@
+"""The life of an action as plain data: what to send next, how long to wait, when to stop. Pure.
+
+Each function is a generator. It yields *steps* (``Send``, ``Sleep``), is sent what became of each ``Send``
+(a ``Reply`` or a ``Failure``), and returns what was asked for or raises one of our errors. It owns no socket,
+no clock and no randomness: ``clock`` (monotonic seconds) and ``jitter`` (0 to 1) are arguments.
+
+The two rules that decide everything here:
+
+- The POST is sent again only if the action provably cannot exist: nothing was sent, or the platform refused it.
+- A poll is sent again after whatever may pass, for an action goes on running while nobody can ask for it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import TYPE_CHECKING, Any, Callable, Generator, NamedTuple, Union
+
+from ..errors import ActionFailedError, ActionTimeoutError, HttpClientError
+from . import wire
+from .models import ActionStatus, RetryPolicy
+from .wire import ActionReply, Answer, Failure, Reply, Request
+
+if TYPE_CHECKING:
+    from datetime import timedelta
+
+REQUEST_TIMEOUT = 30.0  # s for one request as a whole
+START_TRIES, START_WINDOW = 4, 60.0  # a start is tried this often, within this many s
+POLL_FAILURE_WINDOW = 300.0  # s without one good reply before a wait is given up
+POLL_NOT_FOUND_GRACE = 10.0  # s after its start in which a platform may not know its own action
+POLL_MIN, POLL_MAX, POLL_FRACTION = 0.1, 30.0, 0.25  # s, s, and the share of the time elapsed
+BACKOFF_MIN, BACKOFF_MAX = 0.5, 30.0  # s
+RETRY_AFTER_MAX = 120.0  # s that a refused poll may be told to wait
+MINIMUM_WAIT_LIMIT = 3600.0  # s
+
+
+class Send(NamedTuple):
+    """Send this request, and answer with what became of it within ``timeout`` seconds."""
+
+    request: Request
+    timeout: float = REQUEST_TIMEOUT
+
+
+class Sleep(NamedTuple):
+    """Wait this many seconds; ``failure`` says which failure makes it necessary, if one does."""
+
+    seconds: float
+    failure: str | None = None
+
+
+Steps = Generator[Union[Send, Sleep], Union[Answer, None], ActionReply]
+Clock = Callable[[], float]
+Jitter = Callable[[], float]
+
+
+def start(request: Request, *, clock: Clock, jitter: Jitter) -> Steps:
+    """Start an action, and return the platform's reply, which has an id; or raise an HttpClientError."""
+    began = clock()
+    for attempt in itertools.count(1):
+        answer = yield from _ask(Send(request))
+        if isinstance(answer, Reply) and _is_success(answer):
+            return _accepted(answer)
+        wait = backoff(attempt, jitter())
+        if isinstance(answer, Reply):
+            told_to_wait = wire.retry_after(answer.headers)
+            refused = answer.status_code == 429 or (answer.status_code == 503 and told_to_wait is not None)
+            wait = wait if told_to_wait is None else told_to_wait
+            error = _http_error("starting the action", answer, may_have_started=not refused and _is_doubtful(answer))
+        else:
+            refused = answer.retryable and not answer.sent
+            message = f"starting the action: {answer.message}{_doubt(answer.sent)}"
+            error = HttpClientError(message, may_have_started=answer.sent)
+        if not refused or attempt == START_TRIES or clock() - began + wait > START_WINDOW:
+            raise error from _cause(answer)
+        yield Sleep(wait, str(error))
+    raise AssertionError("unreachable")  # count() never ends
+
+
+def follow(
+    action_id: str,
+    *,
+    clock: Clock,
+    jitter: Jitter,
+    started_at: float | None,
+    limit: float,
+) -> Steps:
+    """Poll an action until it ends, and return the reply that says so; or raise.
+
+    ``started_at`` is by ``clock``, None if the action was started elsewhere; ``limit`` is in seconds, and may be inf.
+    """
+    request = wire.poll_request(action_id)
+    began = last_good = clock()
+    failures = 0
+    status = ""
+    while True:
+        asked = clock()
+        answer = yield from _ask(Send(request, max(1.0, min(REQUEST_TIMEOUT, began + limit - asked))))
+        now = clock()
+        age = None if started_at is None else now - started_at
+        told_to_wait = wire.retry_after(answer.headers) if isinstance(answer, Reply) else None
+        reply, problem, may_pass = _read_poll(answer, age)
+        error = None
+        if reply is not None:
+            if reply.status != ActionStatus.RUNNING:
+                return reply
+            status, failures, last_good = reply.status, 0, now
+            if told_to_wait is not None:
+                wait = min(told_to_wait, POLL_MAX)
+            else:
+                interval = poll_interval(now - began if age is None else age, jitter())
+                # From one sending to the next; but a platform that is slow to answer is left half of it in peace.
+                wait = max(interval - (now - asked), interval / 2)
+        else:
+            error = _poll_error(action_id, answer, problem)
+            if not may_pass or now - last_good >= POLL_FAILURE_WINDOW:
+                raise error from _cause(answer)
+            failures += 1
+            wait = backoff(failures, jitter()) if told_to_wait is None else min(told_to_wait, RETRY_AFTER_MAX)
+            wait = min(wait, last_good + POLL_FAILURE_WINDOW - now)
+        if now - began >= limit:
+            raise _timeout_error(action_id, status, now - began) from error
+        yield Sleep(min(wait, began + limit - now), error.message if error else None)
+
+
+def look(action_id: str) -> Steps:
+    """Ask once how an action stands, and return the reply; or raise an HttpClientError."""
+    answer = yield from _ask(Send(wire.poll_request(action_id)))
+    reply, problem, _ = _read_poll(answer, None)
+    if reply is None:
+        raise _poll_error(action_id, answer, problem) from _cause(answer)
+    return reply
+
+
+def outcome(action_id: str, reply: ActionReply) -> Any:
+    """Return the result of an action that has ended; or raise an ActionFailedError."""
+    if reply.status == ActionStatus.COMPLETED:
+        return reply.result
+    known = reply.status in ActionStatus.__members__
+    if known:
+        message = f"action {action_id} ended as {reply.status}: {wire.reason(reply.error)}"
+    else:
+        message = (
+            f"action {action_id} has the status {reply.status!r}, which this version of zamp-sdk does not know; "
+            "it may still be running: look at it on the platform, or upgrade zamp-sdk"
+        )
+    raise ActionFailedError(message, action_id=action_id, status=str(reply.status), error=reply.error)
+
+
+def wait_limit(policy: RetryPolicy | None, start_to_close_timeout: timedelta | None) -> float:
+    """Seconds after which the platform must have ended the action by itself, and at least an hour.
+
+    N attempts of the start-to-close timeout and the policy's waits between them. A policy that is not given
+    counts as the default one; no limit of attempts means no limit of the wait.
+    """
+    policy = policy or RetryPolicy.default()
+    if policy.maximum_attempts == 0:
+        return math.inf
+    waits = policy.maximum_attempts - 1
+    interval, longest = policy.initial_interval.total_seconds(), policy.maximum_interval.total_seconds()
+    total = 0.0
+    for _ in range(min(waits, 10_000)):  # a policy of millions of attempts need not be added up one by one
+        if interval >= longest:
+            break
+        total += interval
+        interval *= policy.backoff_coefficient
+        waits -= 1
+    total += waits * longest
+    attempt = start_to_close_timeout.total_seconds() if start_to_close_timeout else 0.0
+    return max(MINIMUM_WAIT_LIMIT, policy.maximum_attempts * attempt + total)
+
+
+def poll_interval(elapsed: float, jitter: float) -> float:
+    """Seconds from one poll to the next: a quarter of the time elapsed, so that no result is over 25 % late."""
+    return min(POLL_MAX, max(POLL_MIN, POLL_FRACTION * elapsed)) * (0.9 + 0.2 * jitter)
+
+
+def backoff(failures: int, jitter: float) -> float:
+    """Seconds to wait after so many failures in a row: exponential, with full jitter."""
+    return jitter * min(BACKOFF_MAX, BACKOFF_MIN * 2.0 ** min(failures - 1, 16))
+
+
+def _ask(step: Send) -> Generator[Send, Answer | None, Answer]:
+    answer = yield step
+    if answer is None:
+        raise AssertionError("a Send must be answered with a Reply or a Failure")
+    return answer
+
+
+def _is_success(reply: Reply) -> bool:
+    return 200 <= reply.status_code < 300
+
+
+def _accepted(answer: Reply) -> ActionReply:
+    """Take the id out of a successful start; without one, nobody knows whether the action exists."""
+    action_id = problem = None
+    try:
+        reply = wire.parse_action(answer.body)
+    except ValueError as exc:
+        problem = f"the reply is {exc}"
+    else:
+        action_id = reply.id
+        if reply.error and reply.status is None:
+            problem = wire.reason(reply.error)
+        elif action_id is not None:
+            return reply
+    problem = problem or "the reply has no usable id"
+    raise _http_error("starting the action", answer, problem, action_id=action_id, may_have_started=True)
+
+
+def _is_doubtful(reply: Reply) -> bool:
+    """Whether a platform or a gateway that answers like this may have passed the start on."""
+    code = reply.status_code
+    return code < 200 or code >= 500 or code in (301, 302, 303, 408, 425)
+
+
+def _read_poll(answer: Answer, age: float | None) -> tuple[ActionReply | None, str | None, bool]:
+    """Return the reply if it tells a status; or else what is wrong with it, and whether asking again may help."""
+    if isinstance(answer, Failure):
+        return None, answer.message, answer.retryable
+    code = answer.status_code
+    if not _is_success(answer):
+        starting = code == 404 and age is not None and age < POLL_NOT_FOUND_GRACE
+        return None, None, starting or code < 200 or code >= 500 or code in (408, 425, 429)
+    try:
+        reply = wire.parse_action(answer.body)
+    except ValueError as exc:
+        return None, f"the reply is {exc}", True
+    if reply.status is not None:
+        return reply, None, True
+    if reply.error:
+        return None, wire.reason(reply.error), False
+    return None, "the reply has no status", True
+
+
+def _poll_error(action_id: str, answer: Answer, problem: str | None) -> HttpClientError:
+    doing = f"asking for action {action_id}"
+    if isinstance(answer, Failure):
+        return HttpClientError(f"{doing}: {problem}", action_id=action_id)
+    return _http_error(doing, answer, problem, action_id=action_id)
+
+
+def _http_error(
+    doing: str,
+    reply: Reply,
+    problem: str | None = None,
+    *,
+    action_id: str | None = None,
+    may_have_started: bool = False,
+) -> HttpClientError:
+    from http import HTTPStatus  # only errors need the phrase
+
+    code = reply.status_code
+    try:
+        title = f"HTTP {code} {HTTPStatus(code).phrase}"
+    except ValueError:
+        title = f"HTTP {code}"
+    message = f"{doing}: {title}: {problem or wire.refusal_reason(reply.body)}"
+    if 300 <= code < 400:
+        target = reply.headers.get("location", "nowhere")
+        message += f" (redirects are not followed, for the token would go along; this one points to {target})"
+    elif code in (401, 403):
+        message += " (check the token: auth_token, or ZAMP_AUTH_TOKEN)"
+    elif code == 407:
+        message += " (a proxy wants a user name and a password: put them into HTTPS_PROXY or HTTP_PROXY)"
+    return HttpClientError(
+        message + _doubt(may_have_started),
+        status_code=code,
+        response_body=reply.body.decode(errors="replace"),
+        headers=reply.headers,
+        action_id=action_id,
+        may_have_started=may_have_started,
+    )
+
+
+def _doubt(may_have_started: bool) -> str:  # noqa: FBT001  # named after what it is at every call
+    return "; the action may have started all the same, so it was not sent again" if may_have_started else ""
+
+
+def _cause(answer: Answer) -> Exception | None:
+    return answer.cause if isinstance(answer, Failure) else None
+
+
+def _timeout_error(action_id: str, status: str, waited: float) -> ActionTimeoutError:
+    message = (
+        f"action {action_id} had not ended after {waited:.1f} s; it goes on, "
+        f"and ActionExecutor.get_handle({action_id!r}) can go on waiting"
+    )
+    return ActionTimeoutError(message, action_id=action_id, status=status, waited=waited)

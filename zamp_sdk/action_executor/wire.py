@@ -1,0 +1,280 @@
+"""The wire format, and nothing else: Python values to a request's bytes, a reply's bytes to values.
+
+Pure: no socket, no clock, no retrying. What cannot be sent is refused here, naming its place
+(``params.items[3].due``), so that bad input never reaches the network.
+
+- A request's path is relative to the base URL, and an action's id is always one path segment.
+- A reply is an object, bare or inside ``{"data": {...}, "error": null}``.
+- ``error`` beside a ``status`` belongs to the action; ``error`` without one belongs to the request.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import math
+from datetime import date, time, timedelta
+from enum import Enum
+from typing import Any, Mapping, NamedTuple, Union
+
+from .models import RetryPolicy
+
+
+class Request(NamedTuple):
+    """What to send; the transport adds the base URL, the token and the headers that every request has."""
+
+    method: str
+    path: str
+    headers: Mapping[str, str] = {}
+    body: bytes | None = None
+
+
+class Reply(NamedTuple):
+    """What came back; header names are in lower case."""
+
+    status_code: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class Failure(NamedTuple):
+    """A request without a reply."""
+
+    message: str
+    sent: bool
+    """Whether a byte of the request itself may have left."""
+    retryable: bool
+    """Whether the same request may fare better later; an untrusted certificate will not."""
+    cause: Exception | None = None
+
+
+Answer = Union[Reply, Failure]
+
+
+class ActionReply(NamedTuple):
+    """What a reply says about an action; a part it does not have is ``None``."""
+
+    id: str | None
+    status: str | None
+    result: Any
+    error: Any
+
+
+def start_request(
+    action_name: str,
+    params: Any,
+    *,
+    summary: str | None,
+    retry_policy: RetryPolicy | None,
+    start_to_close_timeout: timedelta | None,
+    idempotency_key: str,
+) -> Request:
+    """Build the POST that starts an action; a TypeError or ValueError names the place of what cannot be sent."""
+    _check_type("action_name", action_name, str, "text")
+    if not action_name.strip():
+        raise ValueError("action_name must not be empty")
+    body = {
+        "action_name": _plain(action_name, "action_name"),
+        "params": _plain(params, "params"),
+        "is_external_action": True,
+    }
+    if summary is not None:
+        _check_type("summary", summary, str, "text")
+        body["summary"] = _plain(summary, "summary")
+    if retry_policy is not None:
+        _check_type("action_retry_policy", retry_policy, RetryPolicy, "a RetryPolicy")
+        body["retry_policy"] = _plain(retry_policy, "action_retry_policy")
+    if start_to_close_timeout is not None:
+        _check_type("action_start_to_close_timeout", start_to_close_timeout, timedelta, "a timedelta")
+        if start_to_close_timeout <= timedelta(0):
+            raise ValueError(f"action_start_to_close_timeout must be over zero: {start_to_close_timeout}")
+        body["start_to_close_timeout_seconds"] = start_to_close_timeout.total_seconds()
+    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
+    headers = {"Content-Type": "application/json", "Idempotency-Key": idempotency_key}
+    return Request("POST", "/actions", headers, text.encode())
+
+
+def poll_request(action_id: str) -> Request:
+    """Build the GET that asks for an action; the id is percent-encoded whole, so it can never become a path."""
+    from urllib.parse import quote  # not needed to import zamp_sdk, and not cheap
+
+    return Request("GET", f"/actions/{quote(action_id, safe='')}")
+
+
+def check_action_id(action_id: str) -> None:
+    """Refuse an id that no platform gives: empty, or with white space, a control character or a part of a URL."""
+    _check_type("action_id", action_id, str, "text")
+    if not _is_id(action_id) or any(char in "/\\?#%" or char.isspace() or not char.isprintable() for char in action_id):
+        raise ValueError(f"not an action id: {action_id!r}")
+
+
+def _check_type(name: str, value: object, kind: type, expected: str) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {expected}, not {type(value).__name__}")
+
+
+def _is_id(value: Any) -> bool:
+    # "." and ".." are the two segments that percent-encoding leaves a path.
+    return isinstance(value, str) and value.strip() not in ("", ".", "..") and _is_unicode(value)
+
+
+def _plain(value: Any, place: str) -> Any:
+    try:
+        return _to_json_value(value, place, frozenset())
+    except RecursionError:
+        raise ValueError(f"{place}: nested too deeply to send as JSON") from None
+
+
+def _to_json_value(value: Any, place: str, parents: frozenset[int]) -> Any:  # noqa: C901, PLR0912  # one case a line
+    """Convert what people pass to what json can write; ``place`` is the way here from the argument."""
+    if isinstance(value, Enum):
+        return _to_json_value(value.value, place, parents)
+    if value is None or isinstance(value, int):
+        return value
+    if isinstance(value, str):
+        if not _is_unicode(value):
+            raise ValueError(f"{place}: cannot send text with a lone surrogate as JSON")
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{place}: cannot send {value} as JSON")
+        return value
+    if isinstance(value, (date, time)):  # a datetime is a date
+        return value.isoformat()
+    if isinstance(value, timedelta):
+        return iso8601_duration(value)
+    if id(value) in parents:
+        raise ValueError(f"{place}: cannot send a value that contains itself as JSON")
+    parents |= {id(value)}
+    if isinstance(value, Mapping):
+        return _to_json_object(value, place, parents)
+    if isinstance(value, (list, tuple)):
+        return [_to_json_value(item, f"{place}[{index}]", parents) for index, item in enumerate(value)]
+    if not isinstance(value, type):
+        if hasattr(value, "model_dump"):
+            return _to_json_value(_model_dump(value), place, parents)
+        if dataclasses.is_dataclass(value):
+            fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+            return _to_json_object(fields, place, parents)
+    if _is_text_like(value):
+        return str(value)
+    raise TypeError(f"{place}: cannot send a {type(value).__name__} as JSON")
+
+
+def _to_json_object(mapping: Mapping[Any, Any], place: str, parents: frozenset[int]) -> dict[str, Any]:
+    plain: dict[str, Any] = {}
+    for key, item in mapping.items():
+        name = _to_json_value(key, f"{place} (a key)", parents)
+        if name is None or isinstance(name, (int, float)):
+            name = json.dumps(name)  # as json itself writes such keys
+        elif not isinstance(name, str):
+            raise TypeError(f"{place}: cannot send a {type(key).__name__} as a key in JSON")
+        if name in plain:
+            raise ValueError(f"{place}: two keys become {name!r} in JSON")
+        plain[name] = _to_json_value(item, f"{place}.{name}", parents)
+    return plain
+
+
+def _model_dump(model: Any) -> Any:
+    """Ask for JSON mode (pydantic's custom serialisers need it) where the method can be asked."""
+    try:
+        inspect.signature(model.model_dump).bind(mode="json")
+    except TypeError:
+        return model.model_dump()
+    return model.model_dump(mode="json")
+
+
+def _is_text_like(value: Any) -> bool:
+    # Imported here: few callers send these, and neither module is cheap.
+    from decimal import Decimal
+    from uuid import UUID
+
+    return isinstance(value, (UUID, Decimal))
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.isascii() or text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def iso8601_duration(value: timedelta) -> str:
+    """Write a duration in ISO 8601, exact to the microsecond: ``PT30S``, ``P1DT1H1M2.5S``, ``-PT5S``, ``PT0S``."""
+    sign, value = ("-", -value) if value < timedelta(0) else ("", value)
+    minutes, seconds = divmod(value.seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    fraction = f".{value.microseconds:06}".rstrip("0") if value.microseconds else ""
+    clock = (f"{hours}H" if hours else "") + (f"{minutes}M" if minutes else "")
+    if seconds or fraction:
+        clock += f"{seconds}{fraction}S"
+    days = f"{value.days}D" if value.days else ""
+    if not (days or clock):
+        clock = "0S"
+    return f"{sign}P{days}{'T' if clock else ''}{clock}"
+
+
+def parse_action(body: bytes) -> ActionReply:
+    """Read what a successful reply says about an action; a ValueError if it is not a JSON object."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        raise ValueError(f"not JSON: {excerpt(body)}") from None
+    if not isinstance(value, dict):
+        raise ValueError(  # noqa: TRY004  # one kind of error for one kind of trouble
+            f"not a JSON object: {excerpt(body)}"
+        )
+    error = value.get("error")
+    if "data" in value and "id" not in value and "status" not in value:
+        value = value["data"] if isinstance(value["data"], dict) else {}
+    action_id, status = value.get("id"), value.get("status")
+    return ActionReply(
+        id=action_id if _is_id(action_id) else None,
+        status=status if isinstance(status, str) and status else None,
+        result=value.get("result"),
+        error=value.get("error") or error,
+    )
+
+
+def reason(error: Any) -> str:
+    """Say an ``error`` in words: text, an object's ``message``, or else the JSON itself."""
+    if isinstance(error, Mapping) and isinstance(error.get("message"), str):
+        error = error["message"]
+    if error is None or error == "":
+        return "no reason given"
+    return error if isinstance(error, str) else json.dumps(error, ensure_ascii=False)
+
+
+def refusal_reason(body: bytes) -> str:
+    """Say why a request was refused: the ``error``, ``detail`` or ``message`` of a JSON body, or else how it begins."""
+    try:
+        value = json.loads(body)
+    except (ValueError, RecursionError):
+        value = None
+    if isinstance(value, dict):
+        for key in ("error", "detail", "message"):
+            if value.get(key):
+                return excerpt(reason(value[key]).encode(errors="replace"))
+    return excerpt(body)
+
+
+def retry_after(headers: Mapping[str, str]) -> float | None:
+    """The seconds that ``Retry-After`` asks for (RFC 9110, 10.2.3); a date counts from the reply's own ``Date``."""
+    text = headers.get("retry-after", "").strip()
+    if text.isascii() and text.isdigit():
+        return float(text)
+    try:
+        from email.utils import parsedate_to_datetime
+
+        return max(0.0, (parsedate_to_datetime(text) - parsedate_to_datetime(headers["date"])).total_seconds())
+    except (KeyError, TypeError, ValueError, IndexError, OverflowError):
+        return None
+
+
+def excerpt(body: bytes, size: int = 200) -> str:
+    """Return how a text begins, on one line that is safe to print."""
+    text = " ".join(body[: 4 * size].decode(errors="replace").split())
+    text = "".join(char if char.isprintable() else "?" for char in text)
+    return (text if len(text) <= size else text[:size] + "...") or "(empty)"

@@ -1,0 +1,87 @@
+"""Every exception that zamp_sdk raises of its own; programs read the attributes, people read ``str()``.
+
+Bad arguments are plain ``ValueError`` and ``TypeError``. None of these ever holds the token; all survive pickle
+and copy, for ``args`` is the message and the attributes are the instance's state.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Mapping
+
+
+class ZampError(Exception):
+    """The base of every exception defined here."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class HttpClientError(ZampError):
+    """A request failed: a reply that is no success, a network failure, or no reply in time.
+
+    Attributes:
+        message: What happened and what to do about it.
+        status_code: The reply's HTTP status; ``None`` if there was no reply.
+        response_body: The reply's body as text; ``None`` if there was no reply.
+        headers: The reply's headers, their names in lower case; empty if there was no reply.
+        action_id: The action this is about; ``None`` while the platform has not given it an id.
+        may_have_started: Whether the action may exist on the platform although its start failed.
+            Where ``False``, starting it again cannot run it twice.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        status_code: int | None = None,
+        response_body: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        action_id: str | None = None,
+        may_have_started: bool = False,
+    ) -> None:
+        super().__init__(message)
+        self.status_code = status_code
+        self.response_body = response_body
+        self.headers: dict[str, str] = dict(headers or {})
+        self.action_id = action_id
+        self.may_have_started = may_have_started
+
+
+class ActionFailedError(ZampError, RuntimeError):
+    """The action ended without a result, or has a status that this version does not know.
+
+    Attributes:
+        action_id: The action that failed.
+        status: ``FAILED``, ``CANCELED``, ``TERMINATED``, ``TIMED_OUT``, or the unknown status.
+        error: The platform's ``error`` as it came: text, an object, or ``None``.
+    """
+
+    def __init__(self, message: str, *, action_id: str = "", status: str = "", error: Any = None) -> None:
+        super().__init__(message)
+        self.action_id = action_id
+        self.status = status
+        self.error = error
+
+
+class ActionTimeoutError(ZampError, TimeoutError):
+    """The wait is over while the action goes on; ``ActionExecutor.get_handle`` can go on waiting.
+
+    Attributes:
+        action_id: The action that is still running.
+        status: The last status seen.
+        waited: Seconds spent waiting.
+    """
+
+    def __init__(self, message: str, *, action_id: str = "", status: str = "", waited: float = 0.0) -> None:
+        super().__init__(message)
+        self.action_id = action_id
+        self.status = status
+        self.waited = waited
+
+
+class MissingConfigError(ZampError, KeyError):
+    """The base URL or the token is neither an argument nor in the environment; ``str()`` says what to set."""

@@ -1,0 +1,365 @@
+"""The Zamp API on 127.0.0.1: for trying things without an account, and for users' own tests.
+
+The wire format is spelled out here, not shared with the client, so that the platform checks the client, not echoes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import copy
+import inspect
+import itertools
+import json
+import re
+import sys
+import threading
+import time
+import uuid
+import weakref
+from concurrent.futures import Future
+from http.server import BaseHTTPRequestHandler
+from socketserver import ThreadingTCPServer
+from typing import Any, Callable, Mapping, NamedTuple, TypeVar, overload
+
+__all__ = ["LocalPlatform", "RecordedRequest"]
+
+_STOP_SECONDS = 5.0  # what stop() grants the actions that are still running: a thread can't be ended from outside
+
+_Function = Callable[[Any], Any]
+_F = TypeVar("_F", bound=_Function)
+_Object = dict[str, Any]
+
+
+class RecordedRequest(NamedTuple):
+    """A request as it arrived, its header names in lower case, its credentials masked; no JSON is a body of None."""
+
+    method: str
+    path: str
+    headers: Mapping[str, str]
+    body: Any
+
+
+_Receive = Callable[[RecordedRequest], None]
+
+
+class LocalPlatform:
+    """The Zamp API on 127.0.0.1, running the functions registered with ``action``; safe to use from any thread.
+
+    Args:
+        auth_token: The token that clients must send.
+        time_scale: Factor on the intervals between attempts: with 0.001 an interval of 30 s takes 30 ms.
+        port: The port to listen on; 0 picks a free one at each start.
+    """
+
+    def __init__(self, *, auth_token: str = "local-token", time_scale: float = 1.0, port: int = 0) -> None:  # noqa: S107 - no secret, on loopback
+        self.auth_token = auth_token
+        self._time_scale = time_scale
+        self._port = port
+        self._functions: dict[str, _Function] = {}
+        self._lock = threading.Lock()  # guards the three below
+        self._requests: list[RecordedRequest] = []
+        self._faults: list[Exception] = []
+        self._run: _Run | None = None
+
+    @overload
+    def action(self, name: _F) -> _F: ...
+    @overload
+    def action(self, name: str) -> Callable[[_F], _F]: ...
+    def action(self, name: Any) -> Any:
+        """Register a function or coroutine function; a decorator, bare or with the action's name.
+
+        It is called with ``params`` and returns JSON; an exception is a failed attempt. A function gets a thread of its
+        own, coroutines share an event loop. A name that is taken is a ValueError.
+        """
+        if callable(name):
+            return self.action(name.__name__)(name)
+
+        def register(function: _F) -> _F:
+            if self._functions.setdefault(name, function) is not function:
+                raise ValueError(f"there already is an action named {name!r}")
+            return function
+
+        return register
+
+    @property
+    def action_names(self) -> list[str]:
+        """The names of the registered actions, sorted."""
+        return sorted(self._functions)
+
+    @property
+    def base_url(self) -> str:
+        """Where the platform listens; a RuntimeError while it does not."""
+        run = self._run
+        if run is None:
+            raise RuntimeError("the local platform is not running: use `with platform:` or call platform.start()")
+        return f"http://127.0.0.1:{run.server.server_address[1]}"
+
+    @property
+    def requests(self) -> list[RecordedRequest]:
+        """The requests since the last start: a copy."""
+        with self._lock:
+            return list(self._requests)
+
+    def fail_next(self, status: int = 503, times: int = 1, retry_after: int | None = None) -> None:
+        """Refuse the next ``times`` requests with ``status``, and with ``Retry-After`` if seconds are given."""
+        headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
+        with self._lock:
+            self._faults += [_RefusedError(status, "planned with fail_next", headers) for _ in range(times)]
+
+    def drop_next(self, times: int = 1) -> None:
+        """Close the connections of the next ``times`` requests instead of processing and answering them."""
+        with self._lock:
+            self._faults += [ConnectionAbortedError() for _ in range(times)]
+
+    def start(self) -> None:
+        """Listen and answer until ``stop``, with no memory of earlier runs."""
+        with self._lock:
+            if self._run is not None:
+                raise RuntimeError("the local platform is already running")
+            self._requests.clear()
+            self._run = _Run(self._port, self._receive, self._functions, self._time_scale)
+
+    def stop(self) -> None:
+        """Stop listening, forget planned faults, cancel coroutines, and wait up to 5 s for functions to return."""
+        with self._lock:
+            run, self._run = self._run, None
+            self._faults.clear()
+        if run is not None:
+            run.stop()
+
+    def __enter__(self) -> LocalPlatform:  # noqa: PYI034 - typing.Self came with Python 3.11
+        self.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    def _receive(self, request: RecordedRequest) -> None:
+        headers = {name: "***" if name == "authorization" else value for name, value in request.headers.items()}
+        with self._lock:
+            self._requests.append(request._replace(headers=headers))
+            if self._faults:
+                raise self._faults.pop(0)
+        if request.headers.get("authorization") != f"Bearer {self.auth_token}":
+            raise _RefusedError(401, "the bearer token is missing or wrong", {"WWW-Authenticate": "Bearer"})
+
+
+class _RefusedError(Exception):
+    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+        self.headers = headers or {}
+
+
+class _Server(ThreadingTCPServer):  # an HTTPServer would look up this machine's name, which can take seconds
+    allow_reuse_address = True
+    request_queue_size = 128
+    answer: Callable[[RecordedRequest], _Object]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):  # that is a connection that was lost or dropped
+            super().handle_error(request, client_address)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    timeout = 5  # for each read and write: a client that is silent for longer is dropped
+    server: _Server
+
+    def _serve(self) -> None:
+        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        headers = {name.lower(): value for name, value in self.headers.items()}
+        body = None
+        with contextlib.suppress(ValueError):
+            body = json.loads(content, parse_constant=int)  # int() refuses NaN and Infinity, which are not JSON
+        try:
+            self._send(200, self.server.answer(RecordedRequest(self.command, self.path, headers, body)), {})
+        except _RefusedError as exc:
+            self._send(exc.status, {"error": {"message": str(exc)}}, exc.headers)
+
+    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _serve  # noqa: N815 - the base class looks for these names
+
+    def _send(self, status: int, body: _Object, headers: Mapping[str, str]) -> None:
+        content = json.dumps(body).encode()
+        self.send_response(status)
+        for name, value in {"Content-Type": "application/json", **headers}.items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("Connection", "close")  # so that stop() has no idle connections to wait for
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class named it
+        pass  # the base class writes to stderr
+
+
+def _thread(target: Callable[[], object]) -> threading.Thread:
+    """Start a thread: a daemon, so that a function that never returns can't keep the program from exiting."""
+    thread = threading.Thread(target=target, name="zamp-local-platform", daemon=True)
+    thread.start()
+    return thread
+
+
+class _Run:
+    """One run of the platform: a server, an event loop in a thread of its own, and the actions, which are its tasks."""
+
+    def __init__(self, port: int, receive: _Receive, functions: Mapping[str, _Function], time_scale: float) -> None:
+        self.server = _Server(("127.0.0.1", port), _Handler)
+        self.server.answer = self._answer
+        self._receive = receive
+        self._functions = functions
+        self._time_scale = time_scale
+        self._lock = threading.Lock()  # two starts with one idempotency key are one action
+        self._ids: dict[str, str] = {}  # by idempotency key
+        self._outcomes: dict[str, _Object] = {}  # by id
+        self._calls: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
+        self._loop: Future[asyncio.AbstractEventLoop] = Future()
+        self._stopping: Future[None] = Future()
+        # Without debug=False, -X dev would report slow callbacks, which are the users' or the machine's.
+        self._coroutines = _thread(lambda: asyncio.run(self._main(), debug=False))
+        self._acceptor = _thread(lambda: self.server.serve_forever(poll_interval=0.02))
+        atexit.register(self.stop)  # Python 3.9 can crash on exit where daemon threads are busy
+
+    async def _main(self) -> None:
+        self._loop.set_result(asyncio.get_running_loop())
+        await asyncio.wrap_future(self._stopping)  # then asyncio.run cancels all tasks
+
+    def stop(self) -> None:
+        atexit.unregister(self.stop)
+        self.server.shutdown()
+        self._acceptor.join()
+        self.server.server_close()  # this joins the threads of its connections
+        self._stopping.set_result(None)
+        deadline = time.monotonic() + _STOP_SECONDS
+        for thread in [self._coroutines, *self._calls]:
+            thread.join(max(0.0, deadline - time.monotonic()))
+
+    def _answer(self, request: RecordedRequest) -> _Object:
+        self._receive(request)
+        route, _, action_id = request.path[1:].partition("/")
+        if route != "actions":
+            raise _RefusedError(404, f"no such path: {request.path}")
+        allowed = "GET" if action_id else "POST"
+        if request.method != allowed:
+            raise _RefusedError(405, f"{request.method} is not allowed here, only {allowed}", {"Allow": allowed})
+        if not action_id:
+            return self._start(_checked(request.body), request.headers.get("idempotency-key"))
+        if action_id not in self._outcomes:
+            raise _RefusedError(404, f"unknown action id: {action_id}")
+        return {"id": action_id, **self._outcomes[action_id]}
+
+    def _start(self, start: _Object, key: str | None) -> _Object:
+        function = self._functions.get(start["action_name"])
+        if function is None:
+            known = ", ".join(sorted(self._functions)) or "none"
+            raise _RefusedError(404, f"unknown action {start['action_name']!r}; registered: {known}")
+        with self._lock:
+            action_id = self._ids.setdefault(key or str(uuid.uuid4()), f"act_{uuid.uuid4()}")
+            if action_id not in self._outcomes:
+                self._outcomes[action_id] = {"status": "RUNNING"}
+                asyncio.run_coroutine_threadsafe(self._execute(action_id, function, start), self._loop.result())
+        return {"id": action_id}
+
+    async def _execute(self, action_id: str, function: _Function, start: _Object) -> None:
+        policy = start["retry_policy"]
+        interval, longest = _seconds(policy["initial_interval"]), _seconds(policy["maximum_interval"])
+        for attempt in itertools.count(1):
+            outcome = await self._attempt(function, start)
+            if outcome["status"] == "COMPLETED" or attempt == policy["maximum_attempts"]:
+                break
+            await asyncio.sleep(interval * self._time_scale)
+            interval = min(interval * policy["backoff_coefficient"], longest)
+        self._outcomes[action_id] = outcome
+
+    async def _attempt(self, function: _Function, start: _Object) -> _Object:
+        params, timeout = copy.deepcopy(start["params"]), start["start_to_close_timeout_seconds"]
+        call: asyncio.Future[_Object]
+        if inspect.iscoroutinefunction(function):
+            call = asyncio.ensure_future(_await(function, params))
+        else:
+            outcome: Future[_Object] = Future()
+            outcome.set_running_or_notify_cancel()  # a function can't be cancelled, only left behind
+            self._calls.add(_thread(lambda: outcome.set_result(_call(function, params))))
+            call = asyncio.wrap_future(outcome)
+        try:
+            await asyncio.wait({call}, timeout=timeout)
+            if call.done():
+                return call.result()
+            return _failure("TIMED_OUT", TimeoutError(f"the attempt took over {timeout} s, its start-to-close timeout"))
+        finally:
+            call.cancel()
+
+
+def _call(function: _Function, params: Any) -> _Object:
+    try:
+        return _success(function(params))
+    except BaseException as exc:  # noqa: BLE001 - whatever it raises, SystemExit too, is a failed attempt
+        return _failure("FAILED", exc)
+
+
+async def _await(function: _Function, params: Any) -> _Object:
+    try:
+        return _success(await function(params))
+    except BaseException as exc:  # noqa: BLE001 - as above; and of a call that is cancelled nobody sees the outcome
+        return _failure("FAILED", exc)
+
+
+def _success(result: Any) -> _Object:
+    return {"status": "COMPLETED", "result": json.loads(json.dumps(result, allow_nan=False))}
+
+
+def _failure(status: str, error: BaseException) -> _Object:
+    kind = type(error).__name__
+    return {"status": status, "error": {"message": str(error) or kind, "type": kind}}
+
+
+# Days, hours, minutes and seconds of an ISO 8601 duration; longer units have no fixed length.
+_DURATION = re.compile(r"P(?=.)(?:([0-9]+)D)?(?:T(?=.)(?:([0-9]+)H)?(?:([0-9]+)M)?(?:([0-9]+(?:\.[0-9]+)?)S)?)?")
+
+
+def _seconds(duration: str) -> float:
+    parts = _DURATION.findall(duration)[0]
+    return sum(unit * float(part or 0) for unit, part in zip((86400, 3600, 60, 1), parts))
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in {int, float} and abs(value) <= sys.float_info.max
+
+
+_Rule = tuple[Callable[[Any], object], str]
+_DURATION_RULE: _Rule = (lambda value: isinstance(value, str) and _DURATION.fullmatch(value), "an ISO 8601 duration")
+# What a start's fields must be, in code and in words; then what stands in for those that may be missing.
+_RULES: dict[str, _Rule] = {
+    "action_name": (lambda value: isinstance(value, str), "a text"),
+    "params": (lambda value: value is not ..., "any JSON value"),
+    "is_external_action": (lambda value: value is True, "true"),
+    "summary": (lambda value: isinstance(value, str), "a text"),
+    "start_to_close_timeout_seconds": (lambda value: _is_number(value) and value > 0, "a number above 0"),
+    "retry_policy": (lambda value: isinstance(value, dict), "an object"),
+    "retry_policy.initial_interval": _DURATION_RULE,
+    "retry_policy.maximum_interval": _DURATION_RULE,
+    "retry_policy.maximum_attempts": (lambda value: type(value) is int and value >= 0, "an integer of at least 0"),
+    "retry_policy.backoff_coefficient": (lambda value: _is_number(value) and value >= 1, "a number of at least 1"),
+}
+_ONE_ATTEMPT = {"initial_interval": "PT0S", "maximum_interval": "PT0S", "maximum_attempts": 1, "backoff_coefficient": 1}
+_DEFAULTS = {"summary": "", "start_to_close_timeout_seconds": sys.float_info.max, "retry_policy": _ONE_ATTEMPT}
+
+
+def _checked(body: Any) -> _Object:
+    """Return a start's fields, those that were left out too, or refuse it with the reason."""
+    if not isinstance(body, dict):
+        raise _RefusedError(422, "the body must be a JSON object")
+    fields = {**_DEFAULTS, **body}
+    if isinstance(fields["retry_policy"], dict):
+        fields.update({f"retry_policy.{name}": value for name, value in fields["retry_policy"].items()})
+    for name in [*_RULES, *fields]:
+        is_valid, expected = _RULES.get(name, (lambda _: False, "left out: there is no such field"))
+        value = fields.get(name, ...)
+        if not is_valid(value):
+            shown = "missing" if value is ... else repr(value)[:100]
+            raise _RefusedError(422, f"{name} must be {expected}; it is {shown}")
+    if _seconds(fields["retry_policy.maximum_interval"]) < _seconds(fields["retry_policy.initial_interval"]):
+        raise _RefusedError(422, "retry_policy.maximum_interval must not be less than initial_interval")
+    return fields
