@@ -61,5 +61,5 @@ layer: ## Build dist/zamp-sdk-layer.zip for AWS Lambda
 check: lint type-check test ## Lint, type-check and test (the default)
 
 clean: ## Remove everything that was made here
-	rm -rf $(VENV) .venvs dist .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venvs .bench dist .coverage .coverage.* .mypy_cache .pytest_cache .ruff_cache
 	find zamp_sdk tests .ci -name __pycache__ -prune -exec rm -rf {} +

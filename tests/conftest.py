@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +24,12 @@ from zamp_sdk.action_executor.wire import Answer, Request
 def no_implicit_event_loop() -> None:
     """Up to 3.11 pytest-asyncio else finds an event loop made implicitly, which asyncio.run in a test makes it lose."""
     asyncio.set_event_loop(None)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interruptible() -> None:
+    """Let what the tests start be ended by Ctrl-C: a test run in a shell's background inherits that it is ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

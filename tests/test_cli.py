@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -194,15 +195,22 @@ def test_durations(text: str, seconds: float) -> None:
     assert cli._duration(text).total_seconds() == seconds
 
 
-def command(*arguments: str, variables: dict[str, str] | None = None, **options: Any) -> subprocess.Popen[str]:
-    """Start a command as a process of its own, with warnings as errors."""
+@contextlib.contextmanager
+def command(
+    *arguments: str, variables: dict[str, str] | None = None, **options: Any
+) -> Iterator[subprocess.Popen[str]]:
+    """Run a command as a process of its own, with warnings as errors; it does not outlive the block."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **(variables or {})}
-    return subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-X", "dev", "-W", "error", "-m", "zamp_sdk", *arguments],
         text=True,
         env=environment,
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options},
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def test_demo(run: Run) -> None:

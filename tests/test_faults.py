@@ -261,7 +261,7 @@ PROXIES = [
         for code in (500, 502, 503, 504)
     ),
     *(
-        Fault(f"HTTP {code}", reply(code), RAISE, RAISE, "put its user name and password into HTTPS_PROXY")
+        Fault(f"HTTP {code}", reply(code), RAISE, RAISE, "user name and password into HTTPS_PROXY")
         for code in (403, 407)
     ),
     Fault("reset", reset, RETRY, RETRY, "cannot connect to platform.test"),

@@ -474,8 +474,20 @@ def test_stop_during_many_starts_leaves_nothing() -> None:
     assert time.monotonic() - begin < 10
 
 
-def test_stop_leaves_a_function_that_does_not_return(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A function that goes on is RUNNING, then is waited for a bounded time, and left as a daemon."""
+@pytest.mark.parametrize("header", ["Content-Length: -1", "Content-Length: x", "Transfer-Encoding: chunked"])
+def test_a_body_of_unknown_length_is_411(header: str) -> None:
+    """A body whose end cannot be known is refused, and its connection closed."""
+    with LocalPlatform() as platform:
+        address = ("127.0.0.1", int(platform.base_url.rpartition(":")[2]))
+        with socket.create_connection(address, timeout=5) as connection, connection.makefile("rb") as replies:
+            connection.sendall(f"POST /actions HTTP/1.1\r\nHost: x\r\n{header}\r\n\r\n".encode())
+            assert replies.read().startswith(b"HTTP/1.1 411 ")
+
+
+def test_stop_leaves_a_function_that_does_not_return(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A function that goes on is RUNNING, then is waited for a bounded time, and left as a daemon, with a warning."""
     monkeypatch.setattr(local_platform, "_STOP_SECONDS", 0.05)
     before = threading.enumerate()
     platform = LocalPlatform()
@@ -492,6 +504,7 @@ def test_stop_leaves_a_function_that_does_not_return(monkeypatch: pytest.MonkeyP
         assert Client(platform).poll(started["id"]).body == {"id": started["id"], "status": "RUNNING"}
     (left,) = (thread for thread in threading.enumerate() if thread not in before)
     assert left.daemon
+    assert "a function that does not return was left behind" in caplog.text
     go_on.set()
     left.join(5)
 

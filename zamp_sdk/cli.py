@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="zamp-sdk",
-        description="Run actions on the Zamp platform. The token comes from ZAMP_AUTH_TOKEN or a file.",
+        description="Run actions on the Zamp platform.",
         epilog="Exit codes: 0 done, 1 the action failed, 2 usage, 3 HTTP, 4 the wait was over, 130 Ctrl-C.",
     )
     parser.add_argument("--version", action="version", version=f"zamp-sdk {__version__}")
@@ -222,7 +222,7 @@ async def _awaited(handle: ActionHandle[Any], timeout: timedelta | None) -> Any:
 
 
 class _Progress:
-    """A line on the terminal with the status, the time elapsed and the next poll; a thread keeps it fresh."""
+    """A line on the terminal, which a thread keeps fresh."""
 
     def __init__(self) -> None:
         self._began = self._next_poll = time.monotonic()

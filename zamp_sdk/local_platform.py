@@ -12,6 +12,7 @@ import copy
 import inspect
 import itertools
 import json
+import logging
 import re
 import sys
 import threading
@@ -169,7 +170,11 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def _serve(self) -> None:
-        content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        length = self.headers.get("Content-Length", "0")
+        if not length.isdecimal() or "Transfer-Encoding" in self.headers:
+            self.send_error(411)
+            return
+        content = self.rfile.read(int(length))
         headers = {name.lower(): value for name, value in self.headers.items()}
         body = None
         with contextlib.suppress(ValueError):
@@ -235,6 +240,8 @@ class _Run:
         deadline = time.monotonic() + _STOP_SECONDS
         for thread in [self._coroutines, *self._calls]:
             thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                logging.getLogger("zamp_sdk").warning("a function that does not return was left behind")
 
     def _answer(self, request: RecordedRequest) -> _Object:
         self._receive(request)

@@ -328,7 +328,7 @@ class Exchange:
         connection.getresponse()
         del connection.response_class
         reply = Reply(
-            response.status, {name.lower(): value for name, value in response.headers.items()}, _read(response)
+            response.status, {name.lower(): value for name, value in response.headers.raw_items()}, _read(response)
         )
         self._lifeline.remaining()  # a socket that was shut down reads like one that has ended
         if self._lifeline.finish() and response.isclosed() and not response.length and not response.will_close:
@@ -403,7 +403,7 @@ class Exchange:
 
 
 def _advice(exc: Exception) -> tuple[str, bool]:
-    """What to say of a failure to connect, and whether another try may fare better."""
+    """Say what to do, and whether another try may fare better."""
     if isinstance(exc, ssl.SSLCertVerificationError):
         # 18 to 21: self-signed, or an unknown issuer; trusting more CAs does not help the others, such as expired ones.
         advice = "; if its CA is private, set SSL_CERT_FILE to its PEM file" if 18 <= exc.verify_code <= 21 else ""
@@ -418,7 +418,7 @@ def _advice(exc: Exception) -> tuple[str, bool]:
     if text.startswith("Tunnel connection failed: "):
         if text[26:27] == "5":
             return "; the proxy cannot reach it", True
-        return "; the proxy refuses: put its user name and password into HTTPS_PROXY, or the host into NO_PROXY", False
+        return "; put the proxy's user name and password into HTTPS_PROXY, or the host into NO_PROXY", False
     return "", isinstance(exc, (OSError, http.client.HTTPException))
 
 

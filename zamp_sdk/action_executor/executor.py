@@ -7,7 +7,6 @@ import functools
 import logging
 import math
 import os
-import random
 import time
 from datetime import timedelta
 from typing import Any, Callable, Generic, TypeVar, overload
@@ -83,7 +82,7 @@ class ActionHandle(Generic[T]):
             limit = timeout.total_seconds()
         if self._ended is None:
             steps = lifecycle.follow(
-                self._id, clock=time.monotonic, jitter=random.random, started_at=self._started_at, limit=limit
+                self._id, clock=time.monotonic, jitter=_jitter, started_at=self._started_at, limit=limit
             )
             self._ended = await _perform(steps, self._config, observe)
         return self._validated(lifecycle.outcome(self._id, self._ended))
@@ -164,8 +163,7 @@ class ActionExecutor:
             MissingConfigError: There is no base URL or no token.
             TypeError, ValueError: An argument cannot be used; nothing was sent.
             HttpClientError: A request failed; ``may_have_started`` and ``action_id`` say where that leaves the action.
-            ActionFailedError: The action ended without a result.
-            ActionTimeoutError: It had not ended when the platform itself must have given it up.
+            ActionFailedError, ActionTimeoutError: As for ``ActionHandle.result``.
         """
         handle: ActionHandle[Any] = await ActionExecutor.start(
             action_name,
@@ -223,7 +221,7 @@ class ActionExecutor:
         action_retry_policy: RetryPolicy | None = None,
         action_start_to_close_timeout: timedelta | None = None,
     ) -> ActionHandle[Any]:
-        """Start an action and return its handle as soon as the platform has given it an id; see ``execute``."""
+        """Start an action as ``execute`` does, and return its handle as soon as it has an id."""
         config = _resolve(base_url, auth_token)
         request = wire.start_request(
             action_name,
@@ -234,7 +232,7 @@ class ActionExecutor:
             idempotency_key=os.urandom(16).hex(),
         )
         try:
-            reply = await _perform(lifecycle.start(request, clock=time.monotonic, jitter=random.random), config)
+            reply = await _perform(lifecycle.start(request, clock=time.monotonic, jitter=_jitter), config)
         except asyncio.CancelledError:
             logger.warning("cancelled while starting action %r: it may have started all the same", action_name)
             raise
@@ -271,6 +269,10 @@ class ActionExecutor:
         """Return the handle of an action that was started anywhere; sends nothing; ValueError for a bad id."""
         wire.check_action_id(action_id)
         return ActionHandle(action_id, _resolve(base_url, auth_token), return_type)
+
+
+def _jitter() -> float:
+    return int.from_bytes(os.urandom(4), "big") / 2**32  # the random module is slow to import
 
 
 def _resolve(base_url: str | None, auth_token: str | None) -> SdkConfig:

@@ -1,8 +1,7 @@
 """Sending one request from an event loop: ``urllib.request`` inside ``asyncio.to_thread``, in three phases.
 
-- *send* in a thread: lease a connection or make one, write the request, and read an answer that comes at once;
-- *wait* in the event loop, so that no thread waits for the network's answer;
-- *receive* in a thread: read the reply.
+*send* in a thread (and *receive*, if the answer comes at once), *wait* in the event loop, so that no thread waits for
+the network's answer, and *receive* in a thread.
 
 What blocks lives in ``connections``, which the first request imports, in its thread. Nothing here retries.
 """

@@ -257,11 +257,11 @@ def _http_error(
     message = f"{doing}: {title}: {problem or wire.refusal_reason(reply.body)}"
     if 300 <= code < 400:
         target = reply.headers.get("location", "nowhere")
-        message += f" (redirects are not followed, for the token would go along; this one points to {target})"
+        message += f" (redirects are not followed; this one points to {target})"
     elif code in (401, 403):
         message += " (check the token: auth_token, or ZAMP_AUTH_TOKEN)"
     elif code == 407:
-        message += " (a proxy wants a user name and a password: put them into HTTPS_PROXY or HTTP_PROXY)"
+        message += " (a proxy wants a user name and a password, in HTTPS_PROXY or HTTP_PROXY)"
     return HttpClientError(
         message + _doubt(may_have_started),
         status_code=code,

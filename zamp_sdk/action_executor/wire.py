@@ -263,6 +263,8 @@ def refusal_reason(body: bytes) -> str:
 def retry_after(headers: Mapping[str, str]) -> float | None:
     """The seconds that ``Retry-After`` asks for (RFC 9110, 10.2.3); a date counts from the reply's own ``Date``."""
     text = headers.get("retry-after", "").strip()
+    if not text:
+        return None
     if text.isascii() and text.isdigit():
         return float(text)
     try:
