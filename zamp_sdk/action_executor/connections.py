@@ -405,8 +405,7 @@ class Exchange:
 def _advice(exc: Exception) -> tuple[str, bool]:
     """Say what to do, and whether another try may fare better."""
     if isinstance(exc, ssl.SSLCertVerificationError):
-        # 18 to 21: self-signed, or an unknown issuer; trusting more CAs does not help the others, such as expired ones.
-        advice = "; if its CA is private, set SSL_CERT_FILE to its PEM file" if 18 <= exc.verify_code <= 21 else ""
+        advice = "; if its CA is private, set SSL_CERT_FILE to its PEM file"
         for variable in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
             path = os.environ.get(variable)
             if path and not Path(path).exists():
