@@ -116,8 +116,17 @@ class _Connection(http.client.HTTPConnection):
                     yield Wait(for_writing=True)
 
 
+class _TlsSocket(ssl.SSLSocket):
+    def getpeername(self) -> Any:
+        try:
+            return super().getpeername()
+        except OSError:  # the peer has gone: wrap_socket would raise a little later, and leave this socket open
+            self.close()
+            raise ConnectionResetError("connection reset") from None
+
+
 class _Response(http.client.HTTPResponse):
-    """A response that skips informational ones (RFC 9110, 15.2), of which http.client knows but 100."""
+    """It skips informational replies (RFC 9110, 15.2), of which http.client knows but 100."""
 
     def _read_status(self) -> tuple[str, int, str]:
         while True:
@@ -173,10 +182,11 @@ class _Pool:
                 connection.close()
 
     def tls_context(self) -> ssl.SSLContext:
-        """The one context: making it costs 20 ms, most of them for reading the CAs."""
+        """The one context: making it costs 20 ms."""
         with self._lock:
             if self._context is None:
                 self._context = ssl.create_default_context()
+                self._context.sslsocket_class = _TlsSocket
                 self._context.minimum_version = ssl.TLSVersion.TLSv1_2
                 self._context.hostname_checks_common_name = False
             return self._context
