@@ -884,6 +884,19 @@ async def test_certificates_that_do_not_exist_are_named(
         assert server.connections == 1
 
 
+def test_a_peer_that_has_gone_before_the_handshake_leaves_no_socket() -> None:
+    """Python up to 3.12 itself would leave the new TLS socket open, with a ResourceWarning."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        sock = socket.create_connection(server.getsockname())
+        peer, _ = server.accept()
+        peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0" + bytes(4))  # close() then resets
+        peer.close()
+        assert connections._is_ready(sock, PROMPT)
+        with pytest.raises(ConnectionResetError):
+            connections._pool.tls_context().wrap_socket(sock, server_hostname="x", do_handshake_on_connect=False)
+        assert sock.fileno() == -1
+
+
 async def test_one_tls_context_is_made(pace: Pace, tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reading the authorities is slow, so it is done once for all connections; none of them trusts a common name."""
     contexts: list[ssl.SSLContext] = []
