@@ -148,10 +148,9 @@ class LocalPlatform:
 
 
 class _RefusedError(Exception):
-    def __init__(self, status: int, message: str, headers: Mapping[str, str] | None = None) -> None:
+    def __init__(self, status: int, message: str, headers: Mapping[str, str] = {}) -> None:
         super().__init__(message)
-        self.status = status
-        self.headers = headers or {}
+        self.status, self.headers = status, headers
 
 
 class _Server(ThreadingTCPServer):  # an HTTPServer would look up this machine's name, which can take seconds
@@ -170,29 +169,28 @@ class _Handler(BaseHTTPRequestHandler):
     server: _Server
 
     def _serve(self) -> None:
-        length = self.headers.get("Content-Length", "0")
-        if not length.isdecimal() or "Transfer-Encoding" in self.headers:
-            self.send_error(411)
-            return
-        content = self.rfile.read(int(length))
         headers = {name.lower(): value for name, value in self.headers.items()}
-        body = None
-        with contextlib.suppress(ValueError):
-            body = json.loads(content, parse_constant=int)  # int() refuses NaN and Infinity, which are not JSON
+        length = headers.get("content-length", "0")
         try:
-            self._send(200, self.server.answer(RecordedRequest(self.command, self.path, headers, body)), {})
+            if not length.isdecimal() or "transfer-encoding" in headers:
+                raise _RefusedError(411, "the body must have a Content-Length")
+            content = self.rfile.read(int(length))
+            body = None
+            with contextlib.suppress(ValueError):
+                body = json.loads(content, parse_constant=int)  # int() refuses NaN and Infinity, which are not JSON
+            self._send(200, self.server.answer(RecordedRequest(self.command, self.path, headers, body)))
         except _RefusedError as exc:
             self._send(exc.status, {"error": {"message": str(exc)}}, exc.headers)
 
-    do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = _serve  # noqa: N815 - the base class looks for these names
+    do_GET = do_POST = _serve  # noqa: N815 - the base class looks for these names
 
-    def _send(self, status: int, body: _Object, headers: Mapping[str, str]) -> None:
+    def _send(self, status: int, body: _Object, headers: Mapping[str, str] = {}) -> None:
         content = json.dumps(body).encode()
         self.send_response(status)
-        for name, value in {"Content-Type": "application/json", **headers}.items():
+        fixed = {"Content-Type": "application/json", "Content-Length": str(len(content))}
+        # Closed, so that stop() has no idle connections to wait for.
+        for name, value in {**fixed, "Connection": "close", **headers}.items():
             self.send_header(name, value)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("Connection", "close")  # so that stop() has no idle connections to wait for
         self.end_headers()
         self.wfile.write(content)
 
@@ -238,30 +236,29 @@ class _Run:
         self.server.server_close()  # this joins the threads of its connections
         self._stopping.set_result(None)
         deadline = time.monotonic() + _STOP_SECONDS
-        for thread in [self._coroutines, *self._calls]:
+        self._coroutines.join(_STOP_SECONDS)  # first, for until it ends it may begin more calls
+        for thread in self._calls:
             thread.join(max(0.0, deadline - time.monotonic()))
-            if thread.is_alive():
-                logging.getLogger("zamp_sdk").warning("a function that does not return was left behind")
+        if any(thread.is_alive() for thread in (self._coroutines, *self._calls)):
+            logging.getLogger("zamp_sdk").warning("a function that does not return was left behind")
 
     def _answer(self, request: RecordedRequest) -> _Object:
         self._receive(request)
-        route, _, action_id = request.path[1:].partition("/")
-        if route != "actions":
-            raise _RefusedError(404, f"no such path: {request.path}")
-        allowed = "GET" if action_id else "POST"
-        if request.method != allowed:
-            raise _RefusedError(405, f"{request.method} is not allowed here, only {allowed}", {"Allow": allowed})
-        if not action_id:
+        if (request.method, request.path) == ("POST", "/actions"):
             return self._start(_checked(request.body), request.headers.get("idempotency-key"))
+        action_id = request.path[len("/actions/") :]
+        if request.method == "POST" or request.path != f"/actions/{action_id}":
+            raise _RefusedError(404, f"no such path: {request.method} {request.path}")
         if action_id not in self._outcomes:
             raise _RefusedError(404, f"unknown action id: {action_id}")
         return {"id": action_id, **self._outcomes[action_id]}
 
     def _start(self, start: _Object, key: str | None) -> _Object:
-        function = self._functions.get(start["action_name"])
+        name = start["action_name"]
+        function = self._functions.get(name)
         if function is None:
             known = ", ".join(sorted(self._functions)) or "none"
-            raise _RefusedError(404, f"unknown action {start['action_name']!r}; registered: {known}")
+            raise _RefusedError(404, f"unknown action {name!r}; registered: {known}")
         with self._lock:
             action_id = self._ids.setdefault(key or str(uuid.uuid4()), f"act_{uuid.uuid4()}")
             if action_id not in self._outcomes:
@@ -331,24 +328,19 @@ def _seconds(duration: str) -> float:
     return sum(unit * float(part or 0) for unit, part in zip((86400, 3600, 60, 1), parts))
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in {int, float} and abs(value) <= sys.float_info.max
-
-
-_Rule = tuple[Callable[[Any], object], str]
-_DURATION_RULE: _Rule = (lambda value: isinstance(value, str) and _DURATION.fullmatch(value), "an ISO 8601 duration")
-# What a start's fields must be, in code and in words; then what stands in for those that may be missing.
-_RULES: dict[str, _Rule] = {
-    "action_name": (lambda value: isinstance(value, str), "a text"),
-    "params": (lambda value: value is not ..., "any JSON value"),
-    "is_external_action": (lambda value: value is True, "true"),
-    "summary": (lambda value: isinstance(value, str), "a text"),
-    "start_to_close_timeout_seconds": (lambda value: _is_number(value) and value > 0, "a number above 0"),
-    "retry_policy": (lambda value: isinstance(value, dict), "an object"),
+_DURATION_RULE = ((str,), None, "an ISO 8601 duration")
+# What each field of a start must be: its types (none: any), its least value, and both in words.
+_RULES: dict[str, tuple[tuple[type, ...], float | None, str]] = {
+    "action_name": ((str,), None, "a text"),
+    "params": ((), None, "any JSON value"),
+    "is_external_action": ((bool,), True, "true"),
+    "summary": ((str,), None, "a text"),
+    "start_to_close_timeout_seconds": ((int, float), sys.float_info.min, "a number above 0"),
+    "retry_policy": ((dict,), None, "an object"),
     "retry_policy.initial_interval": _DURATION_RULE,
     "retry_policy.maximum_interval": _DURATION_RULE,
-    "retry_policy.maximum_attempts": (lambda value: type(value) is int and value >= 0, "an integer of at least 0"),
-    "retry_policy.backoff_coefficient": (lambda value: _is_number(value) and value >= 1, "a number of at least 1"),
+    "retry_policy.maximum_attempts": ((int,), 0, "an integer of at least 0"),
+    "retry_policy.backoff_coefficient": ((int, float), 1, "a number of at least 1"),
 }
 _ONE_ATTEMPT = {"initial_interval": "PT0S", "maximum_interval": "PT0S", "maximum_attempts": 1, "backoff_coefficient": 1}
 _DEFAULTS = {"summary": "", "start_to_close_timeout_seconds": sys.float_info.max, "retry_policy": _ONE_ATTEMPT}
@@ -362,9 +354,16 @@ def _checked(body: Any) -> _Object:
     if isinstance(fields["retry_policy"], dict):
         fields.update({f"retry_policy.{name}": value for name, value in fields["retry_policy"].items()})
     for name in [*_RULES, *fields]:
-        is_valid, expected = _RULES.get(name, (lambda _: False, "left out: there is no such field"))
+        if name not in _RULES:
+            raise _RefusedError(422, f"there is no field {name}")
+        kinds, least, expected = _RULES[name]
         value = fields.get(name, ...)
-        if not is_valid(value):
+        if (
+            value is ...
+            or (kinds and type(value) not in kinds)
+            or (least is not None and not least <= value <= sys.float_info.max)
+            or (name.endswith("_interval") and not _DURATION.fullmatch(value))
+        ):
             shown = "missing" if value is ... else repr(value)[:100]
             raise _RefusedError(422, f"{name} must be {expected}; it is {shown}")
     if _seconds(fields["retry_policy.maximum_interval"]) < _seconds(fields["retry_policy.initial_interval"]):
