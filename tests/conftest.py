@@ -32,6 +32,37 @@ def interruptible() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+class _Interrupt(logging.Handler):
+    """Ctrl-C once a request of this method is over: while the task runs, not the event loop.
+
+    Up to Python 3.10 that is a KeyboardInterrupt in the task; since then it is a cancellation.
+    """
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        self.method: str | None = method
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.method and record.getMessage().startswith(self.method):
+            self.method = None
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture
+def interrupt_after(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[str], None]]:
+    """Press Ctrl-C right after the next request of a method, POST or GET."""
+    caplog.set_level(logging.DEBUG, "zamp_sdk")
+    handlers: list[_Interrupt] = []
+
+    def interrupt_after(method: str) -> None:
+        handlers.append(_Interrupt(method))
+        http_client.logger.addHandler(handlers[-1])
+
+    yield interrupt_after
+    for handler in handlers:
+        http_client.logger.removeHandler(handler)
+
+
 @pytest.fixture(autouse=True)
 def clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Neither this machine's environment nor the test before has a say: variables, connections, TLS context."""

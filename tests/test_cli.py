@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import pytest
 
@@ -233,6 +233,23 @@ def test_interrupted_wait(platform: LocalPlatform) -> None:
         out, err = process.communicate(timeout=20)
     assert (process.returncode, out) == (130, "")
     assert re.search(r"Action (act\S+) goes on. To collect its result: python -m zamp_sdk result \1\n$", err)
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("POST", "it may have started all the same|goes on. To collect its result"),
+        ("GET", "goes on. To collect its result: python -m zamp_sdk result act"),
+    ],
+)
+def test_interrupted_anywhere(
+    method: str, words: str, platform: LocalPlatform, run: Run, interrupt_after: Callable[[str], None]
+) -> None:
+    """Ctrl-C says what is left running even where it is raised inside the task."""
+    interrupt_after(method)
+    code, out, err = run("execute", "wait", "2")
+    assert (code, out) == (130, "")
+    assert re.search(words, err)
 
 
 def test_serve(tmp_path: Path) -> None:

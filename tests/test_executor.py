@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, Callable
 
 import pydantic
 import pytest
@@ -249,6 +250,27 @@ async def test_cancelled_start_logs_the_doubt(platform: LocalPlatform, caplog: p
     with pytest.raises(asyncio.CancelledError):
         await task
     assert "may have started all the same" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("method", "warning"),
+    [
+        ("POST", "may have started all the same|no longer waiting for action act"),
+        ("GET", "no longer waiting for action act"),
+    ],
+)
+def test_interrupted_execute_logs_as_a_cancelled_one(
+    method: str,
+    warning: str,
+    platform: LocalPlatform,
+    caplog: pytest.LogCaptureFixture,
+    interrupt_after: Callable[[str], None],
+) -> None:
+    """Ctrl-C says what is left running even where it is raised inside the task."""
+    interrupt_after(method)
+    with pytest.raises(KeyboardInterrupt):
+        asyncio.run(ActionExecutor.execute("wait", 5))
+    assert re.search(warning, caplog.text)
 
 
 async def test_long_retries_are_logged(

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import dataclasses
 import importlib
 import itertools
@@ -20,7 +19,7 @@ import threading
 import time
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Sequence
+from typing import TYPE_CHECKING, Any, Callable, Sequence
 
 from . import (
     ActionExecutor,
@@ -29,14 +28,17 @@ from . import (
     ActionTimeoutError,
     HttpClientError,
     RetryPolicy,
+    ZampError,
     __version__,
 )
+from .action_executor.executor import INTERRUPTED
 from .action_executor.lifecycle import Send, Sleep
 
 if TYPE_CHECKING:
     from .local_platform import LocalPlatform
 
 UNITS = {"ms": 0.001, "": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}  # s
+WIPE = "\r\x1b[K"  # what takes the progress line off a terminal
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,28 +52,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # whoever read stdout has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except ActionFailedError as exc:
-        return _fail(1, exc)
-    except HttpClientError as exc:
-        return _fail(3, exc)
-    except ActionTimeoutError as exc:
-        return _fail(4, exc)
-    except (KeyError, ValueError, TypeError, OSError) as exc:
-        return _fail(2, exc)
+    except (ZampError, ValueError, TypeError, OSError) as exc:
+        _tell(f"zamp-sdk: {exc}")
+        if isinstance(exc, ActionFailedError):
+            return 1
+        if isinstance(exc, (HttpClientError, ActionTimeoutError)):
+            if exc.action_id:
+                _tell_how_to_collect(exc.action_id)
+            return 3 if isinstance(exc, HttpClientError) else 4
+        return 2
     return 0
 
 
-def _fail(code: int, exc: BaseException) -> int:
-    _tell(f"zamp-sdk: {exc}")
-    action_id = getattr(exc, "action_id", None)
-    if action_id and code != 1:
-        _tell_how_to_collect(action_id)
-    return code
-
-
 def _tell(text: str) -> None:
-    print(text, file=sys.stderr)
+    print(f"{WIPE if sys.stderr.isatty() else ''}{text}", file=sys.stderr)
 
 
 def _tell_how_to_collect(action_id: str) -> None:
@@ -88,7 +82,6 @@ def _print_json(value: Any) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="zamp-sdk",
         description="Run actions on the Zamp platform.",
@@ -97,64 +90,42 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"zamp-sdk {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    platform = argparse.ArgumentParser(add_help=False)
-    platform.add_argument("--base-url", metavar="URL", help="the platform (default: ZAMP_BASE_URL)")
-    platform.add_argument("--auth-token-file", metavar="FILE", help="where the token is (default: ZAMP_AUTH_TOKEN)")
-    start = argparse.ArgumentParser(add_help=False)
-    start.add_argument("action", metavar="ACTION", help="the action's name")
-    start.add_argument(
-        "params", metavar="PARAMS", nargs="?", default="{}", help="JSON, @FILE, or - for stdin (default: {})"
-    )
-    start.add_argument("--summary", help="what the platform shows people about this run")
-    start.add_argument("--start-to-close", metavar="DURATION", type=_duration, help="the limit of one attempt")
-    policy = start.add_argument_group("retry policy (what is not given is as in the default policy)")
-    policy.add_argument("--initial-interval", metavar="DURATION", type=_duration)
-    policy.add_argument("--maximum-attempts", metavar="N", type=int, help="0: no limit")
-    policy.add_argument("--maximum-interval", metavar="DURATION", type=_duration)
-    policy.add_argument("--backoff-coefficient", metavar="X", type=float)
-    wait = argparse.ArgumentParser(add_help=False)
-    wait.add_argument("--timeout", metavar="DURATION", type=_duration, help="how long to wait: 30, 500ms, 10m, 1h")
-    by_id = argparse.ArgumentParser(add_help=False)
-    by_id.add_argument("id", metavar="ID", help="the action's id")
-
-    def add(
-        name: str, run: Any, about: str, example: str, *parents: argparse.ArgumentParser
-    ) -> argparse.ArgumentParser:
-        command: argparse.ArgumentParser = commands.add_parser(
+    def command(name: str, run: Any, about: str, example: str = "") -> Callable[..., argparse.Action]:
+        added = commands.add_parser(
             name,
             help=about,
             description=about,
-            epilog=f"example:\n  python -m {__package__} {example}",
-            formatter_class=raw,
-            parents=parents,
+            epilog=f"example:\n  python -m {__package__} {name} {example}",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.set_defaults(run=run)
-        return command
+        added.set_defaults(run=run)
+        return added.add_argument
 
     invoice = """send_invoice '{"invoice_id": "inv_123"}'"""
-    add(
-        "execute",
-        _execute,
-        "Run an action and print its result.",
-        f"execute {invoice} --timeout 10m",
-        start,
-        wait,
-        platform,
-    )
-    add("start", _start, "Start an action and print its id.", f"start {invoice}", start, platform)
-    add("status", _status, "Print the status of an action.", "status act_123", by_id, platform)
-    add(
-        "result",
-        _result,
-        "Wait for an action and print its result.",
-        "result act_123 --timeout 1h",
-        by_id,
-        wait,
-        platform,
-    )
-    serve = add("serve", _serve, "Run the local platform until Ctrl-C.", "serve my_tests.actions:platform")
-    serve.add_argument("platform", metavar="MODULE:NAME", nargs="?", help="your LocalPlatform (default: the demo's)")
-    add("demo", _demo, "See three actions run, without an account or a network.", "demo")
+    execute = command("execute", _execute, "Run an action and print its result.", f"{invoice} --timeout 10m")
+    start = command("start", _start, "Start an action and print its id.", invoice)
+    status = command("status", _status, "Print the status of an action.", "act_123")
+    result = command("result", _result, "Wait for an action and print its result.", "act_123 --timeout 1h")
+    serve = command("serve", _serve, "Run the local platform until Ctrl-C.", "my_tests.actions:platform")
+    command("demo", _demo, "See three actions run, without an account or a network.")
+
+    for add in (execute, start):
+        add("action", metavar="ACTION", help="the action's name")
+        add("params", metavar="PARAMS", nargs="?", default="{}", help="JSON, @FILE, or - for stdin (default: {})")
+        add("--summary", help="what the platform shows people about this run")
+        add("--start-to-close", metavar="DURATION", type=_duration, help="the limit of one attempt")
+        add("--initial-interval", metavar="DURATION", type=_duration, help="the wait before the second attempt (30s)")
+        add("--maximum-attempts", metavar="N", type=int, help="attempts in all, 0 for no limit (11)")
+        add("--maximum-interval", metavar="DURATION", type=_duration, help="no wait is longer than this (15m)")
+        add("--backoff-coefficient", metavar="X", type=float, help="each wait is X times the one before (1.5)")
+    for add in (status, result):
+        add("id", metavar="ID", help="the action's id")
+    for add in (execute, result):
+        add("--timeout", metavar="DURATION", type=_duration, help="how long to wait: 30, 500ms, 10m, 1h")
+    for add in (execute, start, status, result):
+        add("--base-url", metavar="URL", help="the platform (default: ZAMP_BASE_URL)")
+        add("--auth-token-file", metavar="FILE", help="where the token is (default: ZAMP_AUTH_TOKEN)")
+    serve("platform", metavar="MODULE:NAME", nargs="?", help="your LocalPlatform (default: the demo's)")
     return parser
 
 
@@ -205,49 +176,40 @@ async def _started(arguments: argparse.Namespace) -> ActionHandle[Any]:
             action_start_to_close_timeout=arguments.start_to_close,
             **_target(arguments),
         )
-    except asyncio.CancelledError:
+    except INTERRUPTED:
         _tell("Interrupted while starting the action: it may have started all the same.")
         raise
 
 
 async def _awaited(handle: ActionHandle[Any], timeout: timedelta | None) -> Any:
     """Wait for the result, with a progress line if somebody watches."""
-    progress = _Progress() if sys.stderr.isatty() else None
+    status, began = "RUNNING", time.monotonic()
+    next_poll = began
+
+    def observe(step: Send | Sleep) -> None:
+        nonlocal status, next_poll
+        if isinstance(step, Sleep):
+            status, next_poll = step.failure or "RUNNING", time.monotonic() + step.seconds
+
+    async def draw() -> None:
+        try:
+            while True:
+                await asyncio.sleep(0.1)
+                now = time.monotonic()
+                text = f"{status[:60]}  {now - began:.1f} s, next poll in {max(0, next_poll - now):.1f} s"
+                print(f"{WIPE}{text}", end="", file=sys.stderr, flush=True)
+        finally:
+            print(WIPE, end="", file=sys.stderr, flush=True)
+
+    progress = asyncio.ensure_future(draw()) if sys.stderr.isatty() else None
     try:
-        with progress or contextlib.nullcontext():
-            return await handle._wait(timeout, progress.observe if progress else None)
-    except asyncio.CancelledError:
+        return await handle._wait(timeout, observe)
+    except INTERRUPTED:
         _tell_how_to_collect(handle.id)
         raise
-
-
-class _Progress:
-    """A line on the terminal, which a thread keeps fresh."""
-
-    def __init__(self) -> None:
-        self._began = self._next_poll = time.monotonic()
-        self._status = "RUNNING"
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._draw, daemon=True)
-
-    def observe(self, step: Send | Sleep) -> None:
-        if isinstance(step, Sleep):
-            self._next_poll = time.monotonic() + step.seconds
-            self._status = step.failure or "RUNNING"
-
-    def _draw(self) -> None:
-        while not self._ended.wait(0.1):
-            now = time.monotonic()
-            text = f"{self._status[:60]}  {now - self._began:.1f} s, next poll in {max(0, self._next_poll - now):.1f} s"
-            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
-
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    finally:
+        if progress:
+            progress.cancel()
 
 
 def _execute(arguments: argparse.Namespace) -> None:
@@ -331,17 +293,17 @@ async def _demonstrate(platform: LocalPlatform) -> None:
     for name, params, policy in calls:
         more = ", action_retry_policy=RetryPolicy.default()" if policy else ""
         print(f'\n>>> await ActionExecutor.execute("{name}", {json.dumps(params)}{more})')
-        handle = await ActionExecutor.start(
-            name, params, action_retry_policy=policy, base_url=platform.base_url, auth_token=platform.auth_token
-        )
         began = time.monotonic()
 
         def observe(step: Send | Sleep, began: float = began) -> None:
             if isinstance(step, Sleep):
                 print(f"    {time.monotonic() - began:.1f} s  RUNNING")
 
+        handle = await ActionExecutor.start(
+            name, params, action_retry_policy=policy, base_url=platform.base_url, auth_token=platform.auth_token
+        )
         try:
-            result = await handle._wait(None, observe)
-            print(f"    {time.monotonic() - began:.1f} s  COMPLETED\n{json.dumps(result)}")
+            status, result = "COMPLETED", json.dumps(await handle._wait(None, observe))
         except ActionFailedError as exc:
-            print(f"    {time.monotonic() - began:.1f} s  {exc.status}\n{type(exc).__name__}: {exc}")
+            status, result = exc.status, f"{type(exc).__name__}: {exc}"
+        print(f"    {time.monotonic() - began:.1f} s  {status}\n{result}")

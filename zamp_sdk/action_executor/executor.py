@@ -17,6 +17,7 @@ from .models import ActionStatus, RetryPolicy, SdkConfig
 
 T = TypeVar("T")
 LONG_RETRY = 5.0  # s of waiting after a failure from which it is worth a warning
+INTERRUPTED = (asyncio.CancelledError, KeyboardInterrupt)  # up to Python 3.10 Ctrl-C can be either inside a task
 Observer = Callable[["lifecycle.Send | lifecycle.Sleep"], None]
 
 logger: logging.Logger = logging.getLogger("zamp_sdk")
@@ -177,7 +178,7 @@ class ActionExecutor:
         )
         try:
             return await handle.result()
-        except (asyncio.CancelledError, ActionTimeoutError):
+        except (*INTERRUPTED, ActionTimeoutError):
             logger.warning("no longer waiting for action %s (%r), which goes on", handle.id, action_name)
             raise
 
@@ -233,7 +234,7 @@ class ActionExecutor:
         )
         try:
             reply = await _perform(lifecycle.start(request, clock=time.monotonic, jitter=_jitter), config)
-        except asyncio.CancelledError:
+        except INTERRUPTED:
             logger.warning("cancelled while starting action %r: it may have started all the same", action_name)
             raise
         assert reply.id is not None
