@@ -1,8 +1,9 @@
 """What blocks, for worker threads only: the opener, the connection pool, TLS, and one request's way through them.
 
 ``urllib.request`` as it comes would follow redirects with the token, open ``file:`` URLs and close every
-connection. So the opener is made by hand, and ``do_open`` is given an ``Exchange`` that looks like a connection
-and leases one from the pool. Every exception of the libraries below becomes a ``Failure`` here.
+connection. So the opener is made by hand, and its ``do_open`` takes an ``Exchange`` for a connection: what it makes of
+a request and the environment's proxies, the exchange then sends over a connection that it leases from the pool.
+Every exception of the libraries below becomes a ``Failure`` here.
 """
 
 # ruff: noqa: D102  # what do_open calls is documented by http.client
@@ -19,7 +20,6 @@ import socket
 import ssl
 import threading
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generator, Mapping, NamedTuple
@@ -243,16 +243,12 @@ def _opener() -> urllib.request.OpenerDirector:
     return opener
 
 
-class _NotConnectedError(Exception):
-    pass
-
-
 class _TooLargeError(Exception):
     pass
 
 
 class Exchange:
-    """One request and its reply over a leased connection; ``do_open`` takes it for a connection and a response."""
+    """One request and its reply over a leased connection."""
 
     sock = None  # so that do_open leaves the leased connection open
     reason = ""  # do_open reads it of a response
@@ -267,6 +263,7 @@ class Exchange:
         self._is_tls = url.startswith("https:")
         self._host = ""
         self._tunnel: tuple[str, Mapping[str, str]] | None = None
+        self._prepared: tuple[Any, ...] = ()
         self._connection: _Connection | None = None
         self._response: http.client.HTTPResponse | None = None
         self._steps = self._perform()
@@ -309,28 +306,26 @@ class Exchange:
         self._tunnel = (host, headers)
 
     def request(self, method: str, selector: str, body: bytes | None, headers: dict[str, str], **_: Any) -> None:
-        if self._connection is None:
-            self._connection = _pool.take(self._key, MAX_IDLE_FOR_POST if method == "POST" else MAX_IDLE)
-            if self._connection is None:
-                raise _NotConnectedError
-            self._lifeline.hold(self._connection.sock)
         del headers["Connection"]  # do_open asks for it to be closed
-        self.sent = True
-        self._connection.request(method, selector, body, headers)
+        self._prepared = (method, selector, body, headers)
 
     def getresponse(self) -> Exchange:
-        return self  # nothing is read yet
-
-    def close(self) -> None:
-        pass  # send() does what is to be done about its exceptions
+        return self  # nothing is sent yet
 
     # The rest is this class's own.
 
     def _perform(self) -> Generator[Wait, None, Reply]:
-        if not self._open():
-            yield from self._connect()
-            self._open()
-        connection = self._leased
+        request = _Request(self._url, self._body, dict(self._headers), method=self._method)
+        request.exchange = self
+        _opener().open(request)  # which comes to the methods above
+        connection = self._connection = _pool.take(self._key, MAX_IDLE_FOR_POST if self._method == "POST" else MAX_IDLE)
+        if connection is None:
+            connection = self._connection = _Connection(self._host, self._tunnel, is_tls=self._is_tls)
+            _pool.add(connection)
+            yield from connection.steps_to_connect(self._lifeline)
+        self._lifeline.hold(connection.sock)
+        self.sent = True
+        connection.request(*self._prepared)
         response = self._response = _Response(connection.sock, method=self._method)
         while not _is_ready(connection.sock, self._lifeline.patience) or not self._has_begun(response):
             yield Wait()
@@ -346,23 +341,6 @@ class Exchange:
         else:
             self.discard()
         return reply
-
-    def _open(self) -> bool:
-        """Send the request, if there is a connection to send it on; through the opener, which knows the proxies."""
-        request = _Request(self._url, self._body, dict(self._headers), method=self._method)
-        request.exchange = self
-        try:
-            _opener().open(request, timeout=self._lifeline.remaining())
-        except _NotConnectedError:
-            return False
-        return True
-
-    def _connect(self) -> Steps:
-        connection = _Connection(self._host, self._tunnel, is_tls=self._is_tls)
-        _pool.add(connection)
-        self._connection = connection
-        yield from connection.steps_to_connect(self._lifeline)
-        self._lifeline.hold(connection.sock)
 
     @property
     def _key(self) -> object:
@@ -393,8 +371,6 @@ class Exchange:
     def _fail(self, exc: Exception) -> Failure:
         self._lifeline.finish()
         self.discard()
-        if isinstance(exc, urllib.error.URLError) and isinstance(exc.reason, Exception):
-            exc = exc.reason
         exc.__traceback__ = exc.__context__ = None  # its frames hold the token
         if isinstance(exc, _TooLargeError):
             return Failure(f"the reply is over {MAX_BODY // 1024**2} MiB", self.sent, retryable=False)
