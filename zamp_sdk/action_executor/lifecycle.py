@@ -48,7 +48,7 @@ class Sleep(NamedTuple):
     failure: str | None = None
 
 
-Steps = Generator[Union[Send, Sleep], Union[Answer, None], ActionReply]
+Steps = Generator[Union[Send, Sleep], Any, ActionReply]
 Clock = Callable[[], float]
 Jitter = Callable[[], float]
 
@@ -57,7 +57,7 @@ def start(request: Request, *, clock: Clock, jitter: Jitter) -> Steps:
     """Start an action, and return the platform's reply, which has an id; or raise an HttpClientError."""
     began = clock()
     for attempt in itertools.count(1):
-        answer = yield from _ask(Send(request))
+        answer: Answer = yield Send(request)
         if isinstance(answer, Reply) and _is_success(answer):
             return _accepted(answer)
         wait = backoff(attempt, jitter())
@@ -94,7 +94,7 @@ def follow(
     status = ""
     while True:
         asked = clock()
-        answer = yield from _ask(Send(request, max(1.0, min(REQUEST_TIMEOUT, began + limit - asked))))
+        answer: Answer = yield Send(request, max(1.0, min(REQUEST_TIMEOUT, began + limit - asked)))
         now = clock()
         age = None if started_at is None else now - started_at
         told_to_wait = wire.retry_after(answer.headers) if isinstance(answer, Reply) else None
@@ -124,7 +124,7 @@ def follow(
 
 def look(action_id: str) -> Steps:
     """Ask once how an action stands, and return the reply; or raise an HttpClientError."""
-    answer = yield from _ask(Send(wire.poll_request(action_id)))
+    answer: Answer = yield Send(wire.poll_request(action_id))
     reply, problem, _ = _read_poll(answer, None)
     if reply is None:
         raise _poll_error(action_id, answer, problem) from _cause(answer)
@@ -177,13 +177,6 @@ def poll_interval(elapsed: float, jitter: float) -> float:
 def backoff(failures: int, jitter: float) -> float:
     """Seconds to wait after so many failures in a row: exponential, with full jitter."""
     return jitter * min(BACKOFF_MAX, BACKOFF_MIN * 2.0 ** min(failures - 1, 16))
-
-
-def _ask(step: Send) -> Generator[Send, Answer | None, Answer]:
-    answer = yield step
-    if answer is None:
-        raise AssertionError("a Send must be answered with a Reply or a Failure")
-    return answer
 
 
 def _is_success(reply: Reply) -> bool:
