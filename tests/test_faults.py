@@ -12,6 +12,7 @@ and a poll is one of RETRY (until it succeeds, or there was no good reply for to
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import errno
@@ -77,20 +78,20 @@ class Fault:
     """Seconds that a request may take that meets the fault."""
 
 
-class World:
+class World(abc.ABC):
     """A platform, the way to it, and a place on that way for the fault."""
 
     def __init__(self, platform: Server) -> None:
         self.platform = platform
         self.base_url = platform.url
 
+    @abc.abstractmethod
     def inject(self, method: str, fault: Any, times: int) -> None:
         """Let the fault hit the next requests of this method."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def attempts(self, method: str) -> int:
         """Say how often a request of this method was tried."""
-        raise NotImplementedError
 
     async def execute(self) -> Any:
         return await ActionExecutor.execute("act", {"n": 1}, base_url=self.base_url, auth_token=TOKEN)
@@ -123,11 +124,11 @@ class FaultyConnects(World):
     def attempts(self, method: str) -> int:
         return self.connects() - (self._polled_after if method == "GET" else 0)
 
-    def set_script(self, script: list[Any]) -> None:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def set_script(self, script: list[Any]) -> None: ...
 
-    def connects(self) -> int:
-        raise NotImplementedError
+    @abc.abstractmethod
+    def connects(self) -> int: ...
 
 
 class FaultyHandshakes(FaultyConnects):
