@@ -318,6 +318,7 @@ def test_import_is_cheap() -> None:
         "http",
         "http.client",
         "http.server",
+        "json",
         "socketserver",
         "urllib.request",
         "uuid",

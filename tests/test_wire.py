@@ -293,7 +293,7 @@ def test_replies_that_are_no_objects(body: bytes) -> None:
     [
         ("boom", "boom"),
         ({"message": "boom", "code": 7}, "boom"),
-        ({"code": 7}, '{"code": 7}'),
+        ({"code": 7}, '{"code":7}'),
         (["a"], '["a"]'),
         (None, "no reason given"),
         ("", "no reason given"),
@@ -308,7 +308,7 @@ def test_reason(error: Any, reason: str) -> None:
     ("body", "reason"),
     [
         (b'{"error": {"message": "no"}}', "no"),
-        (b'{"detail": [{"loc": ["body"]}]}', '[{"loc": ["body"]}]'),
+        (b'{"detail": [{"loc": ["body"]}]}', '[{"loc":["body"]}]'),
         (b'{"message": "no"}', "no"),
         (b"{}", "{}"),
         (b"<h1>\nBad   Gateway\x1b[31m</h1>", "<h1> Bad Gateway?[31m</h1>"),

@@ -10,9 +10,9 @@ Pure: no socket, no clock, no retrying. What cannot be sent is refused here, nam
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-import json
 import math
 from datetime import date, time, timedelta
 from enum import Enum
@@ -90,9 +90,8 @@ def start_request(
         if start_to_close_timeout <= timedelta(0):
             raise ValueError(f"action_start_to_close_timeout must be over zero: {start_to_close_timeout}")
         body["start_to_close_timeout_seconds"] = start_to_close_timeout.total_seconds()
-    text = json.dumps(body, ensure_ascii=False, separators=(",", ":"))
     headers = {"Content-Type": "application/json", "Idempotency-Key": idempotency_key}
-    return Request("POST", "/actions", headers, text.encode())
+    return Request("POST", "/actions", headers, _dump(body).encode())
 
 
 def poll_request(action_id: str) -> Request:
@@ -167,7 +166,7 @@ def _to_json_object(mapping: Mapping[Any, Any], place: str, parents: frozenset[i
     for key, item in mapping.items():
         name = _to_json_value(key, f"{place} (a key)", parents)
         if name is None or isinstance(name, (int, float)):
-            name = json.dumps(name)  # as json itself writes such keys
+            name = _dump(name)  # as json itself writes such keys
         elif not isinstance(name, str):
             raise TypeError(f"{place}: cannot send a {type(key).__name__} as a key in JSON")
         if name in plain:
@@ -216,12 +215,24 @@ def iso8601_duration(value: timedelta) -> str:
     return f"{sign}P{days}{'T' if clock else ''}{clock}"
 
 
-def parse_action(body: bytes) -> ActionReply:
-    """Read what a successful reply says about an action; a ValueError if it is not a JSON object."""
+def _dump(value: Any) -> str:
+    import json  # not needed to import zamp_sdk, and not cheap
+
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+
+
+def _load(body: bytes) -> Any:
+    import json
+
     try:
-        value = json.loads(body)
+        return json.loads(body)
     except (ValueError, RecursionError):
         raise ValueError(f"not JSON: {excerpt(body)}") from None
+
+
+def parse_action(body: bytes) -> ActionReply:
+    """Read what a successful reply says about an action; a ValueError if it is not a JSON object."""
+    value = _load(body)
     if not isinstance(value, dict):
         raise ValueError(  # noqa: TRY004  # one kind of error for one kind of trouble
             f"not a JSON object: {excerpt(body)}"
@@ -244,15 +255,14 @@ def reason(error: Any) -> str:
         error = error["message"]
     if error is None or error == "":
         return "no reason given"
-    return error if isinstance(error, str) else json.dumps(error, ensure_ascii=False)
+    return error if isinstance(error, str) else _dump(error)
 
 
 def refusal_reason(body: bytes) -> str:
     """Say why a request was refused: the ``error``, ``detail`` or ``message`` of a JSON body, or else how it begins."""
-    try:
-        value = json.loads(body)
-    except (ValueError, RecursionError):
-        value = None
+    value = None
+    with contextlib.suppress(ValueError):
+        value = _load(body)
     if isinstance(value, dict):
         for key in ("error", "detail", "message"):
             if value.get(key):
