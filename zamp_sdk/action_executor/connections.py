@@ -56,6 +56,7 @@ class _Connection(http.client.HTTPConnection):
         self.default_port = 443 if is_tls else 80
         super().__init__(host)
         self.is_tls = is_tls
+        self.is_new = True
         self.idle_since = 0.0
         if tunnel is not None:
             self.set_tunnel(tunnel[0], headers=dict(tunnel[1]))
@@ -176,7 +177,7 @@ class _Pool:
                 return
             self._leased.remove(connection)
             if reusable:
-                connection.idle_since = time.monotonic()
+                connection.is_new, connection.idle_since = False, time.monotonic()
                 self._idle.append((key, connection))
             else:
                 connection.close()
@@ -352,8 +353,8 @@ class Exchange:
         return self._connection
 
     def _has_begun(self, response: http.client.HTTPResponse) -> bool:
-        """Whether the reply begins; TLS session tickets make a socket readable long before it does."""
-        if self._is_tls:
+        """Whether the reply begins; after a handshake TLS session tickets make a socket readable before it does."""
+        if self._is_tls and self._leased.is_new:
             sock = self._leased.sock
             sock.settimeout(0)
             try:

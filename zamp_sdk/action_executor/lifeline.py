@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import threading
 import time
@@ -31,10 +32,13 @@ class Lifeline:
             raise TimeoutError("timed out")
         return remaining
 
-    def hold(self, sock: socket.socket, limit: float = 3600.0) -> None:
-        """In the thread, before it blocks on this socket: for ``limit`` seconds at most; raises as ``remaining``."""
+    def hold(self, sock: socket.socket) -> None:
+        """In the thread, before it blocks on this socket; raises as ``remaining``."""
         with self._lock:
-            sock.settimeout(min(limit, self.remaining()))
+            # A second more or less does not matter, for the loop cuts in time; a system call that can be saved does.
+            timeout = math.ceil(self.remaining())
+            if sock.gettimeout() != timeout:
+                sock.settimeout(timeout)
             self._held, self._resting = sock, False
 
     def rest(self) -> bool:
