@@ -22,7 +22,7 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generator, Mapping, NamedTuple
+from typing import TYPE_CHECKING, Any, Generator, Mapping, NamedTuple, Optional
 
 from .wire import Failure, Reply, excerpt
 
@@ -46,20 +46,24 @@ class Wait(NamedTuple):
 Steps = Generator[Wait, None, None]
 
 
+_Key = tuple[bool, str, Optional[str]]  # whether it is TLS; host and port to connect to, and to have a proxy connect to
+
+
 class _Connection(http.client.HTTPConnection):
     """An http.client connection that connects only when told to, under a lifeline, and knows whose it is."""
 
     debuglevel = 0  # whatever the application has set on HTTPConnection: it prints headers
     auto_open = 0  # a silent second connect would escape the deadline
 
-    def __init__(self, host: str, tunnel: tuple[str, Mapping[str, str]] | None, *, is_tls: bool) -> None:
-        self.default_port = 443 if is_tls else 80
+    def __init__(self, key: _Key, tunnel_headers: Mapping[str, str]) -> None:
+        self.key = key
+        self.is_tls, host, tunnel_to = key
+        self.default_port = 443 if self.is_tls else 80
         super().__init__(host)
-        self.is_tls = is_tls
+        if tunnel_to:
+            self.set_tunnel(tunnel_to, headers=dict(tunnel_headers))
         self.is_new = True
         self.idle_since = 0.0
-        if tunnel is not None:
-            self.set_tunnel(tunnel[0], headers=dict(tunnel[1]))
 
     def steps_to_connect(self, lifeline: Lifeline) -> Steps:
         """Connect, waiting for nothing itself but a name lookup and a proxy's answer to CONNECT."""
@@ -144,19 +148,18 @@ class _Pool:
         self._lock = threading.Lock()
         self._context: ssl.SSLContext | None = None
         self._leased: set[_Connection] = set()
-        self._idle: list[tuple[object, _Connection]] = []  # the longest idle first
+        self._idle: list[_Connection] = []  # the longest idle first
 
-    def take(self, key: object, max_idle: float) -> _Connection | None:
+    def take(self, key: _Key, max_idle: float) -> _Connection | None:
         """Lease the idle connection that was used last, if it is alive and young enough."""
         now = time.monotonic()
         with self._lock:
-            while self._idle and now - self._idle[0][1].idle_since > MAX_IDLE:
-                self._idle.pop(0)[1].close()
-            for index in range(len(self._idle) - 1, -1, -1):
-                its_key, connection = self._idle[index]
-                if its_key != key or now - connection.idle_since > max_idle:
+            while self._idle and now - self._idle[0].idle_since > MAX_IDLE:
+                self._idle.pop(0).close()
+            for connection in self._idle[::-1]:
+                if connection.key != key or now - connection.idle_since > max_idle:
                     continue
-                del self._idle[index]
+                self._idle.remove(connection)
                 if not _is_ready(connection.sock, 0):  # readable while idle: the peer has closed it
                     self._leased.add(connection)
                     return connection
@@ -167,10 +170,10 @@ class _Pool:
         """Count a new connection as leased, making room for it."""
         with self._lock:
             while self._idle and len(self._idle) + len(self._leased) >= MAX_SOCKETS:
-                self._idle.pop(0)[1].close()
+                self._idle.pop(0).close()
             self._leased.add(connection)
 
-    def give_back(self, key: object, connection: _Connection, *, reusable: bool) -> None:
+    def give_back(self, connection: _Connection, *, reusable: bool) -> None:
         """End a lease; twice does no harm."""
         with self._lock:
             if connection not in self._leased:
@@ -178,7 +181,7 @@ class _Pool:
             self._leased.remove(connection)
             if reusable:
                 connection.is_new, connection.idle_since = False, time.monotonic()
-                self._idle.append((key, connection))
+                self._idle.append(connection)
             else:
                 connection.close()
 
@@ -196,11 +199,11 @@ class _Pool:
         """Close what is idle."""
         with self._lock:
             while self._idle:
-                self._idle.pop()[1].close()
+                self._idle.pop().close()
 
     def start_afresh(self) -> None:
         """In a forked child: its copies of the sockets are closed, which the parent's do not feel."""
-        inherited = [connection for _, connection in self._idle] + list(self._leased)
+        inherited = [*self._idle, *self._leased]
         self.__init__()  # type: ignore[misc]  # the lock too: another thread may have held it while this one forked
         for connection in inherited:
             connection.close()
@@ -261,9 +264,9 @@ class Exchange:
         self.waits_for: Wait = Wait()
         self._lifeline = lifeline
         self._method, self._url, self._headers, self._body = method, url, headers, body
-        self._is_tls = url.startswith("https:")
         self._host = ""
-        self._tunnel: tuple[str, Mapping[str, str]] | None = None
+        self._tunnel_to: str | None = None
+        self._tunnel_headers: Mapping[str, str] = {}
         self._prepared: tuple[Any, ...] = ()
         self._connection: _Connection | None = None
         self._response: http.client.HTTPResponse | None = None
@@ -286,13 +289,15 @@ class Exchange:
 
     def fileno(self) -> int:
         """In the event loop: the file descriptor to wait for."""
-        return int(self._leased.sock.fileno())
+        assert self._connection is not None
+        return int(self._connection.sock.fileno())
 
     def discard(self) -> None:
         """Close the connection; in the event loop only if the lifeline said that the thread is at rest."""
         if self._response is not None:
             self._response.close()
-        self._give_back(reusable=False)
+        if self._connection is not None:
+            _pool.give_back(self._connection, reusable=False)
 
     # What do_open calls.
 
@@ -304,7 +309,7 @@ class Exchange:
         pass
 
     def set_tunnel(self, host: str, headers: Mapping[str, str]) -> None:
-        self._tunnel = (host, headers)
+        self._tunnel_to, self._tunnel_headers = host, headers
 
     def request(self, method: str, selector: str, body: bytes | None, headers: dict[str, str], **_: Any) -> None:
         del headers["Connection"]  # do_open asks for it to be closed
@@ -319,16 +324,17 @@ class Exchange:
         request = _Request(self._url, self._body, dict(self._headers), method=self._method)
         request.exchange = self
         _opener().open(request)  # which comes to the methods above
-        connection = self._connection = _pool.take(self._key, MAX_IDLE_FOR_POST if self._method == "POST" else MAX_IDLE)
+        key = (self._url.startswith("https:"), self._host, self._tunnel_to)
+        connection = self._connection = _pool.take(key, MAX_IDLE_FOR_POST if self._method == "POST" else MAX_IDLE)
         if connection is None:
-            connection = self._connection = _Connection(self._host, self._tunnel, is_tls=self._is_tls)
+            connection = self._connection = _Connection(key, self._tunnel_headers)
             _pool.add(connection)
             yield from connection.steps_to_connect(self._lifeline)
         self._lifeline.hold(connection.sock)
         self.sent = True
         connection.request(*self._prepared)
         response = self._response = _Response(connection.sock, method=self._method)
-        while not _is_ready(connection.sock, self._lifeline.patience) or not self._has_begun(response):
+        while not _is_ready(connection.sock, self._lifeline.patience) or not self._has_begun(response, connection):
             yield Wait()
         connection.response_class = lambda *_, **__: response  # type: ignore[assignment]  # it has begun
         connection.getresponse()
@@ -338,24 +344,15 @@ class Exchange:
         )
         self._lifeline.remaining()  # a socket that was shut down reads like one that has ended
         if self._lifeline.finish() and response.isclosed() and not response.length and not response.will_close:
-            self._give_back(reusable=True)
+            _pool.give_back(connection, reusable=True)
         else:
             self.discard()
         return reply
 
-    @property
-    def _key(self) -> object:
-        return self._is_tls, self._host, self._tunnel and self._tunnel[0]
-
-    @property
-    def _leased(self) -> _Connection:
-        assert self._connection is not None
-        return self._connection
-
-    def _has_begun(self, response: http.client.HTTPResponse) -> bool:
+    def _has_begun(self, response: http.client.HTTPResponse, connection: _Connection) -> bool:
         """Whether the reply begins; after a handshake TLS session tickets make a socket readable before it does."""
-        if self._is_tls and self._leased.is_new:
-            sock = self._leased.sock
+        if connection.is_tls and connection.is_new:
+            sock = connection.sock
             sock.settimeout(0)
             try:
                 response.fp.peek(1)
@@ -364,10 +361,6 @@ class Exchange:
             finally:
                 self._lifeline.hold(sock)
         return True
-
-    def _give_back(self, *, reusable: bool) -> None:
-        if self._connection is not None:
-            _pool.give_back(self._key, self._connection, reusable=reusable)
 
     def _fail(self, exc: Exception) -> Failure:
         self._lifeline.finish()
