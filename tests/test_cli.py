@@ -134,6 +134,9 @@ def test_wait_that_is_over(platform: LocalPlatform, run: Run) -> None:
         ("serve", "no_such_module:platform"),
         ("serve", "json:dumps"),
         ("serve", "json"),
+        ("serve", "..:platform"),
+        ("execute", "echo", f"@{sys.executable}"),
+        ("execute", "echo", "1", "--auth-token-file", sys.executable),
     ],
 )
 def test_usage(platform: LocalPlatform, run: Run, arguments: tuple[str, ...]) -> None:
@@ -269,6 +272,36 @@ def test_serve(tmp_path: Path) -> None:
         server.send_signal(signal.SIGINT)
         _, err = server.communicate(timeout=20)
     assert (server.returncode, err) == (130, "Serving double; Ctrl-C ends it.\n")
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("1 / 0", "cannot load 'mine:platform' (write MODULE:NAME): ZeroDivisionError: division by zero"),
+        ("from zamp_sdk import local_platform as l; platform = l.LocalPlatform(); platform.start()", "already running"),
+    ],
+)
+def test_serve_a_module_that_cannot_be_served(tmp_path: Path, source: str, reason: str) -> None:
+    """What is wrong with the user's own module is a message, no traceback."""
+    (tmp_path / "mine.py").write_text(source, encoding="utf-8")
+    with command("serve", "mine:platform", cwd=tmp_path) as server:
+        out, err = server.communicate(timeout=20)
+    assert (server.returncode, out) == (2, "")
+    assert err.startswith("zamp-sdk: ")
+    assert reason in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("closed", [0, 1, 2])
+def test_a_closed_stream(platform: LocalPlatform, closed: int) -> None:
+    """A process that is started without stdin, stdout or stderr does its work all the same."""
+    with command("execute", "echo", "-", stdin=subprocess.DEVNULL, preexec_fn=lambda: os.close(closed)) as process:
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, out) == (2, "")
+    assert ("stdin is not JSON" in err) == (closed != 2)
+    with command("execute", "echo", "1", preexec_fn=lambda: os.close(closed)) as process:
+        assert process.communicate(timeout=20) == ("" if closed == 1 else "1\n", "")
+    assert process.returncode == 0
 
 
 def test_serve_the_demo() -> None:

@@ -1,7 +1,4 @@
-"""The command line: arguments in, an exit code out. Results go to stdout, everything else to stderr.
-
-Exit codes: 0 done, 1 the action failed, 2 usage or configuration, 3 HTTP, 4 the wait was over, 130 Ctrl-C.
-"""
+"""The command line: arguments in, an exit code out. Results go to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -9,6 +6,7 @@ import argparse
 import asyncio
 import dataclasses
 import importlib
+import io
 import itertools
 import json
 import logging
@@ -43,6 +41,9 @@ WIPE = "\r\x1b[K"  # what takes the progress line off a terminal
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed when the process began
+            setattr(sys, name, io.StringIO())
     logging.basicConfig(format="zamp-sdk: %(message)s")
     arguments = _parser().parse_args(argv)
     try:
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except BrokenPipeError:  # whoever read stdout has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ZampError, ValueError, TypeError, OSError) as exc:
+    except (ZampError, ValueError, TypeError, OSError, RuntimeError) as exc:
         _tell(f"zamp-sdk: {exc}")
         if isinstance(exc, ActionFailedError):
             return 1
@@ -75,7 +76,7 @@ def _tell_how_to_collect(action_id: str) -> None:
 def _print_json(value: Any) -> None:
     text = json.dumps(value, ensure_ascii=False, indent=2)
     try:
-        text.encode(sys.stdout.encoding)
+        text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
         text = json.dumps(value, indent=2)
     print(text)
@@ -85,7 +86,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="zamp-sdk",
         description="Run actions on the Zamp platform.",
-        epilog="Exit codes: 0 done, 1 the action failed, 2 usage, 3 HTTP, 4 the wait was over, 130 Ctrl-C.",
+        epilog="Exit codes: 0 done, 1 action failed, 2 usage or configuration, 3 HTTP, 4 the wait is over, 130 Ctrl-C.",
     )
     parser.add_argument("--version", action="version", version=f"zamp-sdk {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
@@ -139,11 +140,18 @@ def _duration(text: str) -> timedelta:
         raise argparse.ArgumentTypeError(f"too long a duration: {text!r}") from None
 
 
+def _read(file: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not text in UTF-8") from None
+
+
 def _params(text: str) -> Any:
     if text == "-":
         source, text = "stdin", sys.stdin.read()
     elif text.startswith("@"):
-        source, text = text[1:], Path(text[1:]).read_text(encoding="utf-8")
+        source, text = text[1:], _read(text[1:])
     else:
         source = "PARAMS"
     try:
@@ -154,7 +162,7 @@ def _params(text: str) -> Any:
 
 def _target(arguments: argparse.Namespace) -> dict[str, Any]:
     file = arguments.auth_token_file
-    token = None if file is None else Path(file).read_text(encoding="utf-8").strip()
+    token = None if file is None else _read(file).strip()
     if token == "":
         raise ValueError(f"{file} holds no token")
     return {"base_url": arguments.base_url, "auth_token": token}
@@ -247,8 +255,8 @@ def _load(place: str) -> LocalPlatform:
     sys.path.insert(0, "")
     try:
         platform = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as exc:
-        raise ValueError(f"cannot load {place!r} (write MODULE:NAME): {exc}") from None
+    except Exception as exc:  # noqa: BLE001  # whatever the user's module raises
+        raise ValueError(f"cannot load {place!r} (write MODULE:NAME): {type(exc).__name__}: {exc}") from None
     if not isinstance(platform, LocalPlatform):
         raise TypeError(f"{place} must be a LocalPlatform, not {type(platform).__name__}")
     return platform
