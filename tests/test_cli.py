@@ -292,16 +292,23 @@ def test_serve_a_module_that_cannot_be_served(tmp_path: Path, source: str, reaso
     assert err.count("\n") == 1
 
 
-@pytest.mark.parametrize("closed", [0, 1, 2])
-def test_a_closed_stream(platform: LocalPlatform, closed: int) -> None:
+@pytest.mark.parametrize("redirection", ["<&-", ">&-", "2>&-"])
+def test_a_closed_stream(platform: LocalPlatform, redirection: str) -> None:
     """A process that is started without stdin, stdout or stderr does its work all the same."""
-    with command("execute", "echo", "-", stdin=subprocess.DEVNULL, preexec_fn=lambda: os.close(closed)) as process:
-        out, err = process.communicate(timeout=20)
-    assert (process.returncode, out) == (2, "")
-    assert ("stdin is not JSON" in err) == (closed != 2)
-    with command("execute", "echo", "1", preexec_fn=lambda: os.close(closed)) as process:
-        assert process.communicate(timeout=20) == ("" if closed == 1 else "1\n", "")
-    assert process.returncode == 0
+
+    def run(params: str) -> tuple[int, str, str]:
+        python = [sys.executable, "-X", "dev", "-W", "error", "-m", "zamp_sdk", "execute", "echo", params]
+        shell = ["sh", "-c", f'exec "$@" {redirection}', "sh", *python]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(
+            shell, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=environment, timeout=20, check=False
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    assert run("1") == (0, "" if redirection == ">&-" else "1\n", "")
+    code, out, err = run("-")
+    assert (code, out) == (2, "")
+    assert ("stdin is not JSON" in err) == (redirection != "2>&-")
 
 
 def test_serve_the_demo() -> None:
