@@ -279,6 +279,22 @@ async def test_hanging_requests_hold_no_threads(scheme: str, pace: Pace, request
         await eventually(lambda: server.open_connections == 0)
 
 
+async def test_hanging_tunnels_hold_no_threads(pace: Pace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 50 requests waiting for a proxy that does not answer CONNECT, to_thread still runs at once."""
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+    with Server() as proxy:
+        proxy.always("CONNECT", silent)
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        tasks = [asyncio.ensure_future(start("https://platform.test")) for _ in range(50)]
+        await eventually(lambda: proxy.count("CONNECT") == 50)
+        await asyncio.wait_for(asyncio.to_thread(threading.get_ident), PROMPT)
+        for task in tasks:
+            task.cancel()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
+        await eventually(lambda: proxy.open_connections == 0)
+
+
 FORK = """
 import asyncio, os, sys, warnings
 warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 warns of forking while threads exist: here none does

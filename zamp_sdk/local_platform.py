@@ -188,8 +188,7 @@ class _Handler(BaseHTTPRequestHandler):
         content = json.dumps(body).encode()
         self.send_response(status)
         fixed = {"Content-Type": "application/json", "Content-Length": str(len(content))}
-        # Closed, so that stop() has no idle connections to wait for.
-        for name, value in {**fixed, "Connection": "close", **headers}.items():
+        for name, value in {**fixed, "Connection": "close", **headers}.items():  # so stop() has none to wait for
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)
@@ -220,7 +219,7 @@ class _Run:
         self._calls: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
         self._loop: Future[asyncio.AbstractEventLoop] = Future()
         self._stopping: Future[None] = Future()
-        # Without debug=False, -X dev would report slow callbacks, which are the users' or the machine's.
+        # -X dev would report slow callbacks, which are the users'.
         self._coroutines = _thread(lambda: asyncio.run(self._main(), debug=False))
         self._acceptor = _thread(lambda: self.server.serve_forever(poll_interval=0.02))
         atexit.register(self.stop)  # Python 3.9 can crash on exit where daemon threads are busy
@@ -299,14 +298,14 @@ class _Run:
 def _call(function: _Function, params: Any) -> _Object:
     try:
         return _success(function(params))
-    except BaseException as exc:  # noqa: BLE001 - whatever it raises, SystemExit too, is a failed attempt
+    except BaseException as exc:  # noqa: BLE001 - SystemExit too is a failed attempt
         return _failure("FAILED", exc)
 
 
 async def _await(function: _Function, params: Any) -> _Object:
     try:
         return _success(await function(params))
-    except BaseException as exc:  # noqa: BLE001 - as above; and of a call that is cancelled nobody sees the outcome
+    except BaseException as exc:  # noqa: BLE001 - as above
         return _failure("FAILED", exc)
 
 

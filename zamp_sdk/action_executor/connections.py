@@ -20,6 +20,7 @@ import socket
 import ssl
 import threading
 import time
+import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generator, Mapping, NamedTuple, Optional
@@ -55,29 +56,41 @@ class _Connection(http.client.HTTPConnection):
     debuglevel = 0  # whatever the application has set on HTTPConnection: it prints headers
     auto_open = 0  # a silent second connect would escape the deadline
 
-    def __init__(self, key: _Key, tunnel_headers: Mapping[str, str]) -> None:
+    def __init__(self, key: _Key, proxy_headers: Mapping[str, str]) -> None:
         self.key = key
-        self.is_tls, host, tunnel_to = key
+        self.is_tls, host, self._tunnel_to = key
+        self._proxy_headers = proxy_headers
         self.default_port = 443 if self.is_tls else 80
         super().__init__(host)
-        if tunnel_to:
-            self.set_tunnel(tunnel_to, headers=dict(tunnel_headers))
         self.is_new = True
         self.idle_since = 0.0
 
     def steps_to_connect(self, lifeline: Lifeline) -> Steps:
-        """Connect, waiting for nothing itself but a name lookup and a proxy's answer to CONNECT."""
+        """Connect, waiting for nothing itself but a name lookup."""
         yield from self._dial(lifeline)
-        tunnel_host: str | None = getattr(self, "_tunnel_host", None)
-        if tunnel_host:
-            lifeline.hold(self.sock)
-            self._tunnel()  # type: ignore[attr-defined]  # typeshed leaves it out; http.client's own connect calls it
+        server: str | None = self.host
+        if self._tunnel_to:
+            parts = urllib.parse.urlsplit(f"//{self._tunnel_to}")
+            server = parts.hostname
+            yield from self._ask_for_tunnel(self._tunnel_to if parts.port else f"{self._tunnel_to}:443", lifeline)
         if self.is_tls:
             # The handshake waits until self.sock is the new socket, for wrap_socket empties the old one.
             self.sock = _pool.tls_context().wrap_socket(
-                self.sock, server_hostname=tunnel_host or self.host, do_handshake_on_connect=False
+                self.sock, server_hostname=server, do_handshake_on_connect=False
             )
             yield from self._shake_hands(self.sock, lifeline)
+
+    def _ask_for_tunnel(self, target: str, lifeline: Lifeline) -> Steps:
+        """Have the proxy connect to the platform (RFC 9110, 9.3.6); http.client's own way would wait for its answer."""
+        headers = "".join(f"{name}: {value}\r\n" for name, value in self._proxy_headers.items())
+        lifeline.hold(self.sock)
+        self.sock.sendall(f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n{headers}\r\n".encode())
+        while not _is_ready(self.sock, lifeline.patience):
+            yield Wait()
+        with _Response(self.sock, method="CONNECT") as response:
+            response.begin()
+        if not 200 <= response.status < 300:
+            raise OSError(f"Tunnel connection failed: {response.status} {response.reason}")
 
     def _dial(self, lifeline: Lifeline) -> Steps:
         failure: OSError = OSError("no address found")
@@ -247,10 +260,6 @@ def _opener() -> urllib.request.OpenerDirector:
     return opener
 
 
-class _TooLargeError(Exception):
-    pass
-
-
 class Exchange:
     """One request and its reply over a leased connection."""
 
@@ -366,8 +375,6 @@ class Exchange:
         self._lifeline.finish()
         self.discard()
         exc.__traceback__ = exc.__context__ = None  # its frames hold the token
-        if isinstance(exc, _TooLargeError):
-            return Failure(f"the reply is over {MAX_BODY // 1024**2} MiB", self.sent, retryable=False)
         if self._lifeline.is_cut:
             exc = TimeoutError("timed out")
         origin = self._url.split("/")[2]
@@ -383,7 +390,7 @@ class Exchange:
 
 
 def _advice(exc: Exception) -> tuple[str, bool]:
-    """Say what to do, and whether another try may fare better."""
+    """Say what to do, and whether trying again may help."""
     if isinstance(exc, ssl.SSLCertVerificationError):
         advice = "; if its CA is private, set SSL_CERT_FILE to its PEM file"
         for variable in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
@@ -403,17 +410,15 @@ def _advice(exc: Exception) -> tuple[str, bool]:
 
 def _read(response: http.client.HTTPResponse) -> bytes:
     """Read a body; of a refusal, as much as comes: a proxy may answer and reset before it has read the request."""
-    if (response.length or 0) > MAX_BODY:
-        raise _TooLargeError
     body = bytearray()
     try:
-        while True:
+        while len(body) + (response.length or 0) <= MAX_BODY:
             piece = response.read(64 * 1024)
             if not piece:
                 break
             body += piece
-            if len(body) > MAX_BODY:
-                raise _TooLargeError
+        else:
+            raise ValueError(f"the reply is over {MAX_BODY // 1024**2} MiB")
         if response.length:  # read(n), other than read(), does not tell a truncated body
             raise http.client.IncompleteRead(b"", response.length)
     except (OSError, http.client.HTTPException):

@@ -11,7 +11,7 @@ import time
 from datetime import timedelta
 from typing import Any, Callable, Generic, TypeVar, overload
 
-from ..errors import ActionTimeoutError, HttpClientError
+from ..errors import ActionTimeoutError, HttpClientError, ZampError
 from . import http_client, lifecycle, wire
 from .models import ActionStatus, RetryPolicy, SdkConfig
 
@@ -299,7 +299,7 @@ async def _perform(steps: lifecycle.Steps, config: SdkConfig, observe: Observer 
         except StopIteration as stop:
             reply: wire.ActionReply = stop.value
             return reply
-        except (HttpClientError, ActionTimeoutError) as exc:
+        except ZampError as exc:
             _redact(exc, config.auth_token)
             raise
         if isinstance(step, lifecycle.Sleep) and step.failure:
@@ -317,7 +317,7 @@ async def _perform(steps: lifecycle.Steps, config: SdkConfig, observe: Observer 
 
 def _redact(exc: BaseException | None, token: str) -> None:
     """Take the token out of an error: a peer may have echoed it in what the error quotes."""
-    if isinstance(exc, (HttpClientError, ActionTimeoutError)):
+    if isinstance(exc, ZampError):
         exc.message = http_client.redacted(exc.message, token)
         exc.args = (exc.message,)
         _redact(exc.__cause__, token)
