@@ -13,6 +13,7 @@ import atexit
 import errno
 import functools
 import http.client
+import io
 import math
 import os
 import select
@@ -23,7 +24,7 @@ import time
 import urllib.parse
 import urllib.request
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generator, Mapping, NamedTuple, Optional
+from typing import TYPE_CHECKING, Any, Callable, Generator, Mapping, NamedTuple
 
 from .wire import Failure, Reply, excerpt
 
@@ -47,58 +48,49 @@ class Wait(NamedTuple):
 Steps = Generator[Wait, None, None]
 
 
-_Key = tuple[bool, str, Optional[str]]  # whether it is TLS; host and port to connect to, and to have a proxy connect to
+class _Key(NamedTuple):
+    """What a connection leads to; the hosts are as in a URL, their ports and brackets included."""
+
+    is_tls: bool
+    host: str
+    tunnel_to: str | None  # the platform, if the host is a proxy that has to connect to it
 
 
-class _Connection(http.client.HTTPConnection):
-    """An http.client connection that connects only when told to, under a lifeline, and knows whose it is."""
-
-    debuglevel = 0  # whatever the application has set on HTTPConnection: it prints headers
-    auto_open = 0  # a silent second connect would escape the deadline
+class _Connection:
+    """A connection to a platform, through a proxy's tunnel if need be, which knows whose it is."""
 
     def __init__(self, key: _Key, proxy_headers: Mapping[str, str]) -> None:
         self.key = key
-        self.is_tls, host, self._tunnel_to = key
         self._proxy_headers = proxy_headers
-        self.default_port = 443 if self.is_tls else 80
-        super().__init__(host)
-        self.is_new = True
+        self.sock: Any = None
         self.idle_since = 0.0
+
+    def close(self) -> None:
+        if self.sock is not None:
+            self.sock.close()
 
     def steps_to_connect(self, lifeline: Lifeline) -> Steps:
         """Connect, waiting for nothing itself but a name lookup."""
-        yield from self._dial(lifeline)
-        server: str | None = self.host
-        if self._tunnel_to:
-            parts = urllib.parse.urlsplit(f"//{self._tunnel_to}")
-            server = parts.hostname
-            yield from self._ask_for_tunnel(self._tunnel_to if parts.port else f"{self._tunnel_to}:443", lifeline)
-        if self.is_tls:
+        is_tls, address, tunnel_to = self.key
+        host, port = _host_and_port(address, 443 if is_tls and not tunnel_to else 80)
+        yield from self._dial(host, port, lifeline)
+        if tunnel_to:
+            host, port = _host_and_port(tunnel_to, 443)
+            target = tunnel_to if tunnel_to.endswith(f":{port}") else f"{tunnel_to}:{port}"
+            yield from self._ask_for_tunnel(target, lifeline)
+        if is_tls:
             # The handshake waits until self.sock is the new socket, for wrap_socket empties the old one.
-            self.sock = _pool.tls_context().wrap_socket(
-                self.sock, server_hostname=server, do_handshake_on_connect=False
-            )
-            yield from self._shake_hands(self.sock, lifeline)
+            self.sock = _pool.tls_context().wrap_socket(self.sock, server_hostname=host, do_handshake_on_connect=False)
+            yield from self._shake_hands(lifeline)
 
-    def _ask_for_tunnel(self, target: str, lifeline: Lifeline) -> Steps:
-        """Have the proxy connect to the platform (RFC 9110, 9.3.6); http.client's own way would wait for its answer."""
-        headers = "".join(f"{name}: {value}\r\n" for name, value in self._proxy_headers.items())
-        lifeline.hold(self.sock)
-        self.sock.sendall(f"CONNECT {target} HTTP/1.1\r\nHost: {target}\r\n{headers}\r\n".encode())
-        while not _is_ready(self.sock, lifeline.patience):
-            yield Wait()
-        with _Response(self.sock, method="CONNECT") as response:
-            response.begin()
-        if not 200 <= response.status < 300:
-            raise OSError(f"Tunnel connection failed: {response.status} {response.reason}")
-
-    def _dial(self, lifeline: Lifeline) -> Steps:
+    def _dial(self, host: str, port: int, lifeline: Lifeline) -> Steps:
         failure: OSError = OSError("no address found")
-        for family, kind, proto, _, address in socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM):
+        for family, kind, proto, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
             lifeline.remaining()
             try:
-                self.sock = sock = socket.socket(family, kind, proto)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                self.sock = socket.socket(family, kind, proto)
+                self.sock.setblocking(False)  # noqa: FBT003  # the socket's own method
+                self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 yield from self._connect_to(address, lifeline)
                 return
             except OSError as exc:
@@ -108,9 +100,8 @@ class _Connection(http.client.HTTPConnection):
 
     def _connect_to(self, address: Any, lifeline: Lifeline) -> Steps:
         give_up_at = time.monotonic() + CONNECT_TIMEOUT
-        self.sock.settimeout(0)
         error = self.sock.connect_ex(address)
-        if self.is_tls:
+        if self.key.is_tls:
             _pool.tls_context()  # made while the network is at work
         if error in (errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", 0)):
             while not _is_ready(self.sock, lifeline.patience, for_writing=True):
@@ -121,17 +112,38 @@ class _Connection(http.client.HTTPConnection):
         if error:
             raise OSError(error, os.strerror(error))
 
-    def _shake_hands(self, sock: ssl.SSLSocket, lifeline: Lifeline) -> Steps:
+    def _ask_for_tunnel(self, target: str, lifeline: Lifeline) -> Steps:
+        """Have the proxy connect to the platform (RFC 9110, 9.3.6); http.client's own way would wait for its answer."""
+        lifeline.hold(self.sock)
+        stream = _Stream(self.sock, lifeline)
+        stream.send(_head("CONNECT", target, {"Host": target, **self._proxy_headers}))
+        while not _is_ready(self.sock, lifeline.patience):
+            yield Wait()
+        with _Response(stream, method="CONNECT") as response:  # type: ignore[arg-type]  # it quacks like a socket
+            response.begin()
+        if not 200 <= response.status < 300:
+            raise OSError(f"Tunnel connection failed: {response.status} {response.reason}")
+
+    def _shake_hands(self, lifeline: Lifeline) -> Steps:
         while True:
-            sock.settimeout(0)
             try:
-                return sock.do_handshake()
+                return self.sock.do_handshake()  # type: ignore[no-any-return]  # it returns None
             except ssl.SSLWantReadError:
-                while not _is_ready(sock, lifeline.patience):
+                while not _is_ready(self.sock, lifeline.patience):
                     yield Wait()
             except ssl.SSLWantWriteError:
-                while not _is_ready(sock, lifeline.patience, for_writing=True):
+                while not _is_ready(self.sock, lifeline.patience, for_writing=True):
                     yield Wait(for_writing=True)
+
+
+def _host_and_port(address: str, default_port: int) -> tuple[str, int]:
+    parts = urllib.parse.urlsplit(f"//{address}")
+    return parts.hostname or "", parts.port or default_port
+
+
+def _head(method: str, target: str, headers: Mapping[str, str]) -> bytes:
+    lines = (f"{name}: {value}\r\n" for name, value in headers.items())
+    return f"{method} {target} HTTP/1.1\r\n{''.join(lines)}\r\n".encode("ascii")
 
 
 class _TlsSocket(ssl.SSLSocket):
@@ -141,6 +153,51 @@ class _TlsSocket(ssl.SSLSocket):
         except OSError:  # the peer has gone: wrap_socket would raise a little later, and leave this socket open
             self.close()
             raise ConnectionResetError("connection reset") from None
+
+
+class _Stream(io.RawIOBase):
+    """A socket that never blocks, for which the thread waits instead, until its lifeline ends that."""
+
+    def __init__(self, sock: socket.socket, lifeline: Lifeline) -> None:
+        super().__init__()
+        self._sock, self._lifeline = sock, lifeline
+        self._is_patient = True
+
+    def has_begun(self, response: http.client.HTTPResponse) -> bool:
+        """Whether a reply begins; a TLS session ticket makes a socket readable before it does."""
+        self._is_patient = False
+        try:
+            response.fp.peek(1)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return False
+        finally:
+            self._is_patient = True
+        return True
+
+    def send(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[self._patiently(self._sock.send, rest, for_writing=True) :]
+
+    def makefile(self, *_: Any) -> io.BufferedReader:  # what http.client's response asks a socket for
+        return io.BufferedReader(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        return self._patiently(self._sock.recv_into, buffer, for_writing=False)
+
+    def _patiently(self, operation: Callable[[Any], int], data: Any, *, for_writing: bool) -> int:
+        while True:
+            try:
+                return operation(data)
+            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as exc:
+                if not self._is_patient:
+                    raise
+                if not isinstance(exc, BlockingIOError):
+                    for_writing = isinstance(exc, ssl.SSLWantWriteError)
+            _is_ready(self._sock, self._lifeline.remaining(), for_writing=for_writing)
 
 
 class _Response(http.client.HTTPResponse):
@@ -193,7 +250,7 @@ class _Pool:
                 return
             self._leased.remove(connection)
             if reusable:
-                connection.is_new, connection.idle_since = False, time.monotonic()
+                connection.idle_since = time.monotonic()
                 self._idle.append(connection)
             else:
                 connection.close()
@@ -276,7 +333,7 @@ class Exchange:
         self._host = ""
         self._tunnel_to: str | None = None
         self._tunnel_headers: Mapping[str, str] = {}
-        self._prepared: tuple[Any, ...] = ()
+        self._head = b""
         self._connection: _Connection | None = None
         self._response: http.client.HTTPResponse | None = None
         self._steps = self._perform()
@@ -320,9 +377,9 @@ class Exchange:
     def set_tunnel(self, host: str, headers: Mapping[str, str]) -> None:
         self._tunnel_to, self._tunnel_headers = host, headers
 
-    def request(self, method: str, selector: str, body: bytes | None, headers: dict[str, str], **_: Any) -> None:
+    def request(self, method: str, target: str, _body: bytes | None, headers: dict[str, str], **_: Any) -> None:
         del headers["Connection"]  # do_open asks for it to be closed
-        self._prepared = (method, selector, body, headers)
+        self._head = _head(method, target, headers)
 
     def getresponse(self) -> Exchange:
         return self  # nothing is sent yet
@@ -333,7 +390,7 @@ class Exchange:
         request = _Request(self._url, self._body, dict(self._headers), method=self._method)
         request.exchange = self
         _opener().open(request)  # which comes to the methods above
-        key = (self._url.startswith("https:"), self._host, self._tunnel_to)
+        key = _Key(self._url.startswith("https:"), self._host, self._tunnel_to)
         connection = self._connection = _pool.take(key, MAX_IDLE_FOR_POST if self._method == "POST" else MAX_IDLE)
         if connection is None:
             connection = self._connection = _Connection(key, self._tunnel_headers)
@@ -341,13 +398,12 @@ class Exchange:
             yield from connection.steps_to_connect(self._lifeline)
         self._lifeline.hold(connection.sock)
         self.sent = True
-        connection.request(*self._prepared)
-        response = self._response = _Response(connection.sock, method=self._method)
-        while not _is_ready(connection.sock, self._lifeline.patience) or not self._has_begun(response, connection):
+        stream = _Stream(connection.sock, self._lifeline)
+        stream.send(self._head + (self._body or b""))  # at once: one packet, one TLS record
+        response = self._response = _Response(stream, method=self._method)  # type: ignore[arg-type]  # as above
+        while not _is_ready(connection.sock, self._lifeline.patience) or not stream.has_begun(response):
             yield Wait()
-        connection.response_class = lambda *_, **__: response  # type: ignore[assignment]  # it has begun
-        connection.getresponse()
-        del connection.response_class
+        response.begin()
         reply = Reply(
             response.status, {name.lower(): value for name, value in response.headers.raw_items()}, _read(response)
         )
@@ -357,19 +413,6 @@ class Exchange:
         else:
             self.discard()
         return reply
-
-    def _has_begun(self, response: http.client.HTTPResponse, connection: _Connection) -> bool:
-        """Whether the reply begins; after a handshake TLS session tickets make a socket readable before it does."""
-        if connection.is_tls and connection.is_new:
-            sock = connection.sock
-            sock.settimeout(0)
-            try:
-                response.fp.peek(1)
-            except (BlockingIOError, ssl.SSLWantReadError):
-                return False
-            finally:
-                self._lifeline.hold(sock)
-        return True
 
     def _fail(self, exc: Exception) -> Failure:
         self._lifeline.finish()

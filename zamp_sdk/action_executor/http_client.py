@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import sys
 import time
 from typing import TYPE_CHECKING, Callable
@@ -64,6 +65,7 @@ class _Call:
             **request.headers,
             "Authorization": f"Bearer {config.auth_token}",
             "Accept": "application/json",
+            "Accept-Encoding": "identity",
             "User-Agent": USER_AGENT,
         }
         self.timeout = timeout
@@ -71,8 +73,12 @@ class _Call:
         self.exchange: Exchange | None = None
         self.queued_since: float | None = None
         self.queued = 0.0
+        self.loop = asyncio.get_running_loop()
+        self.awake: asyncio.Future[None] = self.loop.create_future()
+        self.is_over = False
 
     async def perform(self) -> Answer:
+        timer = self.loop.call_later(self.timeout, self._end)
         try:
             answer = await self._in_thread(self._begin)
             while answer is None:
@@ -80,6 +86,8 @@ class _Call:
         except BaseException:  # cancelled: nobody will read an answer any more
             self._abandon()
             raise
+        finally:
+            timer.cancel()
         queued = self.queued if self.queued_since is None else time.monotonic() - self.queued_since
         if isinstance(answer, Failure) and queued > SLOW_THREAD:
             advice = (
@@ -92,10 +100,11 @@ class _Call:
     async def _in_thread(self, phase: Callable[[], Answer | None]) -> Answer | None:
         """Run a phase in a thread, but not beyond the deadline: then its socket is shut down under it."""
         self.queued_since = time.monotonic()
-        thread = asyncio.ensure_future(asyncio.to_thread(phase))
+        thread = self.loop.create_task(asyncio.to_thread(phase))
+        thread.add_done_callback(self._wake)
         try:
-            await asyncio.wait({thread}, timeout=max(0.0, self.lifeline.deadline - self.queued_since))
-            if not thread.done():
+            await self._event()
+            if not thread.done():  # the deadline
                 self._abandon()
                 if self.queued_since is None:
                     await asyncio.wait({thread}, timeout=UNWIND)
@@ -124,21 +133,37 @@ class _Call:
     async def _is_ready(self) -> bool:
         """Wait for what the exchange waits for; False at the deadline."""
         assert self.exchange is not None
-        loop = asyncio.get_running_loop()
-        ready: asyncio.Future[None] = loop.create_future()
         fileno = self.exchange.fileno()
         for_writing, until = self.exchange.waits_for
+        loop = self.loop
         add, remove = (loop.add_writer, loop.remove_writer) if for_writing else (loop.add_reader, loop.remove_reader)
         try:
-            add(fileno, _settle, ready)
+            add(fileno, self._wake)
         except NotImplementedError:  # Windows' proactor loop: the thread has to wait itself
             self.lifeline.patience = self.timeout
             return True
+        timer = None if until == math.inf else loop.call_later(until - time.monotonic(), self._wake)
         try:
-            await asyncio.wait({ready}, timeout=max(0.0, min(until, self.lifeline.deadline) - time.monotonic()))
+            await self._event()
         finally:
             remove(fileno)
-        return ready.done() or time.monotonic() < self.lifeline.deadline
+            if timer:
+                timer.cancel()
+        return not self.is_over
+
+    async def _event(self) -> None:
+        """Wait for what this phase waits for, or for the deadline."""
+        if not self.is_over:
+            self.awake = self.loop.create_future()
+            await self.awake
+
+    def _wake(self, _: object = None) -> None:
+        if not self.awake.done():  # a reader or writer is called again until it is removed
+            self.awake.set_result(None)
+
+    def _end(self) -> None:
+        self.is_over = True
+        self._wake()
 
     def _entered(self) -> None:
         assert self.queued_since is not None
@@ -156,8 +181,3 @@ class _Call:
     def _abandon(self) -> None:
         if self.lifeline.cut() and self.exchange is not None:
             self.exchange.discard()
-
-
-def _settle(future: asyncio.Future[None]) -> None:
-    if not future.done():  # a reader or writer is called again until it is removed
-        future.set_result(None)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import socket
 import threading
 import time
@@ -35,10 +34,7 @@ class Lifeline:
     def hold(self, sock: socket.socket) -> None:
         """In the thread, before it blocks on this socket; raises as ``remaining``."""
         with self._lock:
-            # A second more or less does not matter, for the loop cuts in time; a system call that can be saved does.
-            timeout = math.ceil(self.remaining())
-            if sock.gettimeout() != timeout:
-                sock.settimeout(timeout)
+            self.remaining()
             self._held, self._resting = sock, False
 
     def rest(self) -> bool:
