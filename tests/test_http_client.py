@@ -131,6 +131,39 @@ async def test_a_reply_is_read_however_it_is_framed(act: Act, reused: bool | Non
             assert server.connections == (1 if reused else 2)
 
 
+async def test_headers_are_read_however_they_are_written(pace: Pace) -> None:
+    """Names in any case, white space around them, folded, repeated and missing values: all reach the caller."""
+    head = (
+        b"HTTP/1.1 418 No\r\nCONTENT-length : 2\r\nX-Folded: a\r\n\t b\r\nX-Bare:c\nX-Empty:\r\nX-Latin: \xe9\r\n"
+        b"no colon\r\nX-Twice: 1\r\nX-Twice: 2\r\n\r\n{}and the next reply"
+    )
+    with Server() as server:
+        server.on("POST", raw(head))
+        with pytest.raises(HttpClientError) as caught:
+            await start(server.url)
+    assert caught.value.response_body == "{}"
+    assert caught.value.headers == {
+        "content-length": "2",
+        "x-folded": "a b",
+        "x-bare": "c",
+        "x-empty": "",
+        "x-latin": "é",
+        "no colon": "",
+        "x-twice": "2",
+    }
+
+
+@pytest.mark.parametrize("headers", [b"X: y\r\n" * 101, b"X: " + b"y" * 70_000 + b"\r\n"], ids=["many", "long"])
+async def test_a_reply_whose_headers_never_end_is_no_reply(headers: bytes, pace: Pace) -> None:
+    """Over 100 headers, or one over 64 KiB, end the request instead of filling the memory."""
+    with Server() as server:
+        server.on("POST", raw(b"HTTP/1.1 200 OK\r\n" + headers + b"\r\n"))
+        with pytest.raises(HttpClientError, match=r"(line|headers)") as caught:
+            await start(server.url)
+        assert caught.value.may_have_started
+        assert server.count("POST") == 1
+
+
 async def test_large_requests_and_replies_arrive_whole(pace: Pace) -> None:
     """Megabytes go both ways unharmed."""
     text = "0123456789abcdef" * 300_000

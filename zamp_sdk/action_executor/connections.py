@@ -21,6 +21,7 @@ import socket
 import ssl
 import threading
 import time
+import types
 import urllib.parse
 import urllib.request
 from pathlib import Path
@@ -36,6 +37,7 @@ MAX_SOCKETS = 64  # in all, idle ones included
 MAX_IDLE, MAX_IDLE_FOR_POST = 10.0, 1.0  # s; a thawed process never sees that its peer has closed
 CONNECT_TIMEOUT = 10.0  # s for one address, so that a dead one leaves time for the next
 MAX_BODY = 64 * 1024 * 1024  # bytes
+MAX_HEADERS, MAX_LINE = 100, 64 * 1024  # headers, and bytes of each
 
 
 class Wait(NamedTuple):
@@ -200,6 +202,24 @@ class _Stream(io.RawIOBase):
             _is_ready(self._sock, self._lifeline.remaining(), for_writing=for_writing)
 
 
+def _parse_headers(fp: io.BufferedReader) -> http.client.HTTPMessage:
+    lines: list[str] = []
+    while len(lines) <= MAX_HEADERS:
+        line = fp.readline(MAX_LINE + 1).decode("latin-1")
+        if len(line) > MAX_LINE:
+            raise http.client.LineTooLong("header line")
+        if not line.strip():
+            headers = http.client.HTTPMessage()
+            for name, _, value in (line.partition(":") for line in lines):
+                headers[name.strip()] = value.strip()
+            return headers
+        if line[0] in " \t" and lines:  # a value that is folded (RFC 9112, 5.2)
+            lines[-1] = f"{lines[-1].rstrip()} {line.strip()}"
+        else:
+            lines.append(line)
+    raise http.client.HTTPException(f"got more than {MAX_HEADERS} headers")
+
+
 class _Response(http.client.HTTPResponse):
     """It skips informational replies (RFC 9110, 15.2), of which http.client knows but 100."""
 
@@ -208,7 +228,12 @@ class _Response(http.client.HTTPResponse):
             version, status, reason = super()._read_status()  # type: ignore[misc]  # typeshed leaves it out
             if not 101 < status < 200:
                 return version, status, reason
-            http.client.parse_headers(self.fp)
+            _parse_headers(self.fp)
+
+    # http.client's own, but with these globals: the email package's parser takes more time than all the rest of it.
+    begin = types.FunctionType(
+        http.client.HTTPResponse.begin.__code__, {**vars(http.client), "parse_headers": _parse_headers}
+    )
 
 
 class _Pool:

@@ -74,7 +74,7 @@ class _Call:
         self.queued_since: float | None = None
         self.queued = 0.0
         self.loop = asyncio.get_running_loop()
-        self.awake: asyncio.Future[None] = self.loop.create_future()
+        self.awake: asyncio.Future[None] | None = None
         self.is_over = False
 
     async def perform(self) -> Answer:
@@ -158,7 +158,7 @@ class _Call:
             await self.awake
 
     def _wake(self, _: object = None) -> None:
-        if not self.awake.done():  # a reader or writer is called again until it is removed
+        if self.awake and not self.awake.done():  # a reader or writer is called again until it is removed
             self.awake.set_result(None)
 
     def _end(self) -> None:

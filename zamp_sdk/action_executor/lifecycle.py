@@ -12,6 +12,7 @@ The two rules that decide everything here:
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from typing import TYPE_CHECKING, Any, Callable, Generator, NamedTuple, Union
@@ -146,6 +147,7 @@ def outcome(action_id: str, reply: ActionReply) -> Any:
     raise ActionFailedError(message, action_id=action_id, status=str(reply.status), error=reply.error)
 
 
+@functools.lru_cache(maxsize=8)
 def wait_limit(policy: RetryPolicy | None, start_to_close_timeout: timedelta | None) -> float:
     """Seconds after which the platform must have ended the action by itself, and at least an hour.
 
