@@ -106,10 +106,7 @@ class _Connection:
         if self.key.is_tls:
             _pool.tls_context()  # made while the network is at work
         if error in (errno.EINPROGRESS, errno.EWOULDBLOCK, getattr(errno, "WSAEWOULDBLOCK", 0)):
-            while not _is_ready(self.sock, lifeline.patience, for_writing=True):
-                if time.monotonic() >= give_up_at:
-                    raise TimeoutError("timed out")
-                yield Wait(for_writing=True, until=give_up_at)
+            yield from _until_ready(self.sock, lifeline, for_writing=True, give_up_at=give_up_at)
             error = self.sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
         if error:
             raise OSError(error, os.strerror(error))
@@ -119,8 +116,7 @@ class _Connection:
         lifeline.hold(self.sock)
         stream = _Stream(self.sock, lifeline)
         stream.send(_head("CONNECT", target, {"Host": target, **self._proxy_headers}))
-        while not _is_ready(self.sock, lifeline.patience):
-            yield Wait()
+        yield from _until_ready(self.sock, lifeline)
         with _Response(stream, method="CONNECT") as response:  # type: ignore[arg-type]  # it quacks like a socket
             response.begin()
         if not 200 <= response.status < 300:
@@ -130,12 +126,9 @@ class _Connection:
         while True:
             try:
                 return self.sock.do_handshake()  # type: ignore[no-any-return]  # it returns None
-            except ssl.SSLWantReadError:
-                while not _is_ready(self.sock, lifeline.patience):
-                    yield Wait()
-            except ssl.SSLWantWriteError:
-                while not _is_ready(self.sock, lifeline.patience, for_writing=True):
-                    yield Wait(for_writing=True)
+            except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as exc:
+                for_writing = isinstance(exc, ssl.SSLWantWriteError)
+            yield from _until_ready(self.sock, lifeline, for_writing=for_writing)
 
 
 def _host_and_port(address: str, default_port: int) -> tuple[str, int]:
@@ -310,15 +303,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_pool.start_afresh)
 
 
-class _Request(urllib.request.Request):
-    """urllib's request, which also carries its exchange to the handler."""
-
-    exchange: Exchange
-
-
 class _Handler(urllib.request.AbstractHTTPHandler):
-    def http_open(self, request: _Request) -> http.client.HTTPResponse:
-        return self.do_open(request.exchange.as_connection, request)  # type: ignore[arg-type]  # it quacks like one
+    def http_open(self, request: Any) -> http.client.HTTPResponse:
+        return self.do_open(request.exchange.as_connection, request)
 
     https_open = http_open
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
@@ -412,8 +399,8 @@ class Exchange:
     # The rest is this class's own.
 
     def _perform(self) -> Generator[Wait, None, Reply]:
-        request = _Request(self._url, self._body, dict(self._headers), method=self._method)
-        request.exchange = self
+        request = urllib.request.Request(self._url, self._body, dict(self._headers), method=self._method)  # noqa: S310  # SdkConfig has checked the scheme
+        request.exchange = self  # type: ignore[attr-defined]  # how the handler comes by it
         _opener().open(request)  # which comes to the methods above
         key = _Key(self._url.startswith("https:"), self._host, self._tunnel_to)
         connection = self._connection = _pool.take(key, MAX_IDLE_FOR_POST if self._method == "POST" else MAX_IDLE)
@@ -426,8 +413,9 @@ class Exchange:
         stream = _Stream(connection.sock, self._lifeline)
         stream.send(self._head + (self._body or b""))  # at once: one packet, one TLS record
         response = self._response = _Response(stream, method=self._method)  # type: ignore[arg-type]  # as above
-        while not _is_ready(connection.sock, self._lifeline.patience) or not stream.has_begun(response):
-            yield Wait()
+        yield from _until_ready(connection.sock, self._lifeline)
+        while not stream.has_begun(response):
+            yield from _until_ready(connection.sock, self._lifeline)
         response.begin()
         reply = Reply(
             response.status, {name.lower(): value for name, value in response.headers.raw_items()}, _read(response)
@@ -502,3 +490,12 @@ def _is_ready(sock: socket.socket, timeout: float, *, for_writing: bool = False)
         return bool(poll.poll(timeout * 1000))
     reading, writing = ([], [sock]) if for_writing else ([sock], [])
     return any(select.select(reading, writing, writing, timeout))
+
+
+def _until_ready(
+    sock: socket.socket, lifeline: Lifeline, *, for_writing: bool = False, give_up_at: float = math.inf
+) -> Steps:
+    while not _is_ready(sock, lifeline.patience, for_writing=for_writing):
+        if time.monotonic() >= give_up_at:
+            raise TimeoutError("timed out")
+        yield Wait(for_writing, give_up_at)
