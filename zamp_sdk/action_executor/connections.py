@@ -195,7 +195,15 @@ class _Stream(io.RawIOBase):
             _is_ready(self._sock, self._lifeline.remaining(), for_writing=for_writing)
 
 
-def _parse_headers(fp: io.BufferedReader) -> http.client.HTTPMessage:
+def _with_globals(function: Any, **replacements: Any) -> Any:
+    """Return a copy of a function that finds these in the place of its module's."""
+    names = {**function.__globals__, **replacements}
+    copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
+def _parse_headers(fp: io.BufferedReader, **_options: Any) -> http.client.HTTPMessage:
     lines: list[str] = []
     while len(lines) <= MAX_HEADERS:
         line = fp.readline(MAX_LINE + 1).decode("latin-1")
@@ -223,10 +231,8 @@ class _Response(http.client.HTTPResponse):
                 return version, status, reason
             _parse_headers(self.fp)
 
-    # http.client's own, but with these globals: the email package's parser takes more time than all the rest of it.
-    begin = types.FunctionType(
-        http.client.HTTPResponse.begin.__code__, {**vars(http.client), "parse_headers": _parse_headers}
-    )
+    # The email package's parser takes more time than all the rest of it.
+    begin = _with_globals(http.client.HTTPResponse.begin, parse_headers=_parse_headers)
 
 
 class _Pool:
