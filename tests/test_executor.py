@@ -181,6 +181,20 @@ async def test_collect_elsewhere(platform: LocalPlatform) -> None:
     assert await handle.result() == Invoice(number=7)
 
 
+async def test_a_timeout_holds_while_others_take_every_slot(
+    platform: LocalPlatform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A caller's timeout counts the wait for a turn among the requests of the event loop, too."""
+    monkeypatch.setattr(http_client, "SLOTS", 1)
+    monkeypatch.setattr(executor, "GRACE", 0.0)
+    handle = await ActionExecutor.start("wait", 0.0)
+    async with http_client._slots[asyncio.get_running_loop()]:
+        with pytest.raises(ActionTimeoutError) as caught:
+            await handle.result(timeout=timedelta(seconds=0.05))
+    assert (caught.value.action_id, caught.value.waited) == (handle.id, 0.05)
+    assert await handle.result(timeout=timedelta(seconds=30)) == "waited"
+
+
 async def test_unknown_id(platform: LocalPlatform) -> None:
     """An id that the platform does not know is an error at once, with the id."""
     with pytest.raises(HttpClientError) as caught:
@@ -287,8 +301,12 @@ async def test_long_retries_are_logged(
     ("base_url", "warns"),
     [
         ("http://api.example.com", True),
+        ("http://localhost.example.com", True),
+        ("http://127.example.com", True),
+        ("http://127.0.0.1.example.com:80", True),
         ("http://127.0.0.2:1", False),
         ("http://localhost:1", False),
+        ("http://localhost/path", False),
         ("http://[::1]:1", False),
         ("https://api.example.com", False),
     ],

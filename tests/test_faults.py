@@ -53,7 +53,7 @@ from tests.servers import (
     tls_1_1_context,
     tunnel,
 )
-from zamp_sdk import ActionExecutor, HttpClientError
+from zamp_sdk import ActionExecutor, ActionFailedError, HttpClientError
 from zamp_sdk.action_executor import connections, lifecycle
 
 RETRY, UNKNOWN, RAISE = "retry", "unknown", "raise"
@@ -727,6 +727,51 @@ async def test_a_reply_that_echoes_the_token_does_not_make_an_error_show_it(
         with pytest.raises(HttpClientError) as caught:
             await ActionExecutor.execute("act", {}, base_url=server.url, auth_token=TOKEN)
         assert_no_token(caught.value)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"status": "FAILED", "error": f"401 for Bearer {TOKEN}"},
+        {"status": "FAILED", "error": {"message": "401", "seen": [{TOKEN: f"Bearer {TOKEN}"}]}},
+        {"status": TOKEN},
+    ],
+    ids=["text", "object", "unknown status"],
+)
+async def test_an_action_that_echoes_the_token_does_not_make_its_error_show_it(
+    answer: dict[str, Any], pace: Pace, assert_no_token: CheckNoToken
+) -> None:
+    """Neither an action's error nor a status nobody knows brings the token into the exception."""
+    with Server() as server:
+        server.always("GET", reply(200, answer))
+        handle = await ActionExecutor.start("act", {}, base_url=server.url, auth_token=TOKEN)
+        with pytest.raises(ActionFailedError) as caught:
+            await handle.result()
+        assert_no_token(caught.value)
+        if answer["status"] == TOKEN:
+            with pytest.raises(ActionFailedError) as caught:
+                await handle.status()
+            assert_no_token(caught.value)
+
+
+@pytest.mark.parametrize("cut", range(-len(TOKEN), 2))
+async def test_a_token_that_an_excerpt_cuts_short_is_not_shown(cut: int, pace: Pace) -> None:
+    """Where a message quotes how a reply begins, the token's own beginning may be its end."""
+    with Server() as server:
+        server.on("POST", raw(b"HTTP/1.1 400 No\r\n\r\n" + b"x" * (200 + cut) + TOKEN.encode() + b"!" * 900))
+        with pytest.raises(HttpClientError) as caught:
+            await ActionExecutor.start("act", {}, base_url=server.url, auth_token=TOKEN)
+    assert TOKEN[:4] not in str(caught.value)
+
+
+@pytest.mark.parametrize("written", ['to"k\\en/of/mine', 'to\\"k\\\\en/of/mine', 'to\\"k\\\\en\\/of\\/mine'])
+async def test_a_token_that_json_writes_otherwise_is_not_shown(written: str, pace: Pace) -> None:
+    """The token is found as it is, and as JSON escapes it."""
+    with Server() as server:
+        server.on("POST", raw(b"HTTP/1.1 400 No\r\n\r\n{" + written.encode()))
+        with pytest.raises(HttpClientError) as caught:
+            await ActionExecutor.start("act", {}, base_url=server.url, auth_token='to"k\\en/of/mine')
+    assert caught.value.response_body == "{[token]"
 
 
 async def test_http_clients_own_debugging_prints_nothing(

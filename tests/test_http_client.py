@@ -898,6 +898,18 @@ async def test_a_proxy_that_speaks_something_else_is_refused(
         assert proxy.connections == 0
 
 
+@pytest.mark.usefixtures("pace")
+async def test_a_proxy_url_that_is_none_is_not_quoted(
+    monkeypatch: pytest.MonkeyPatch, assert_no_token: CheckNoToken
+) -> None:
+    """The error for a mistyped proxy names the variable, and shows no password."""
+    monkeypatch.setenv("HTTPS_PROXY", f"http:/{CREDENTIALS}@127.0.0.1:1")
+    with pytest.raises(HttpClientError, match="HTTPS_PROXY is not a URL like") as caught:
+        await start("https://platform.test")
+    assert_no_token(caught.value, SECRET, CREDENTIALS)
+    assert not caught.value.may_have_started
+
+
 # --- TLS --------------------------------------------------------------------------------------------------------------
 
 

@@ -136,11 +136,12 @@ def test_start_fails(answer: Answer, times_sent: int, may_have_started: bool) ->
     assert caught.value.status_code == (answer.status_code if isinstance(answer, Reply) else None)
 
 
-def test_start_obeys_retry_after() -> None:
-    """A refused start waits as long as it is told to."""
-    simulation = in_turn(reply(429, retry_after="7"), STARTED)
+@pytest.mark.parametrize(("told", "slept"), [("0", 0.5), ("7", 7.0)])
+def test_start_obeys_retry_after(told: str, slept: float) -> None:
+    """A refused start waits as long as it is told to, and at least 0.5 s."""
+    simulation = in_turn(reply(429, retry_after=told), STARTED)
     simulation.start()
-    assert simulation.slept == [7.0]
+    assert simulation.slept == [slept]
 
 
 def test_start_gives_up_rather_than_wait_beyond_its_window() -> None:
@@ -241,9 +242,9 @@ def test_intervals_count_from_sending_to_sending() -> None:
     assert [round(sent - 1000.0, 3) for sent in simulation.sent] == [0.0, 0.1, 0.2, 0.3]
 
 
-@pytest.mark.parametrize(("told", "slept"), [("0", 0.0), ("7", 7.0), ("3600", 30.0)])
+@pytest.mark.parametrize(("told", "slept"), [("0", 0.1), ("7", 7.0), ("3600", 30.0)])
 def test_retry_after_of_a_good_reply(told: str, slept: float) -> None:
-    """Retry-After on a good reply sets the next interval, up to 30 s."""
+    """Retry-After on a good reply sets the next interval, from 0.1 to 30 s."""
     simulation = in_turn(reply(200, {"status": "RUNNING"}, retry_after=told), COMPLETED)
     simulation.follow()
     assert simulation.slept == [slept]
@@ -302,15 +303,27 @@ def test_one_good_reply_resets_the_failures() -> None:
     assert max(simulation.slept) <= 33
 
 
+def test_a_process_that_was_frozen_between_two_polls_goes_on() -> None:
+    """The 5 minutes begin with the first failure: the time in which nobody asked says nothing of the platform."""
+    now = 0.0
+    steps = lifecycle.follow("act-1", clock=lambda: now, jitter=lambda: 0.5, started_at=None, limit=math.inf)
+    next(steps)
+    assert isinstance(steps.send(RUNNING), Sleep)
+    now = 3600.0
+    next(steps)
+    now = 3601.0
+    assert isinstance(steps.send(LOST), Sleep)
+
+
 def test_backoff_reaches_thirty_seconds() -> None:
     """The backoff doubles from 0.5 s to 30 s and stays there; it survives any number of failures."""
     assert [lifecycle.backoff(failures, 1.0) for failures in (1, 2, 3, 6, 7, 8, 10**6)] == [0.5, 1, 2, 16, 30, 30, 30]
     assert lifecycle.backoff(5, 0.0) == 0
 
 
-@pytest.mark.parametrize(("told", "slept"), [("7", 7.0), ("3600", 120.0)])
+@pytest.mark.parametrize(("told", "slept"), [("0", 0.5), ("7", 7.0), ("3600", 120.0)])
 def test_retry_after_of_a_refused_poll(told: str, slept: float) -> None:
-    """A refused poll waits as it is told, up to 120 s."""
+    """A refused poll waits as it is told, from 0.5 to 120 s."""
     simulation = in_turn(reply(503, retry_after=told), COMPLETED)
     simulation.follow()
     assert simulation.slept == [slept]

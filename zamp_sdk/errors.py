@@ -30,7 +30,7 @@ class HttpClientError(ZampError):
         headers: The reply's headers, their names in lower case; empty if there was no reply.
         action_id: The action this is about; ``None`` while the platform has not given it an id.
         may_have_started: Whether the action may exist on the platform although its start failed.
-            Where ``False``, starting it again cannot run it twice.
+            Where it is ``False`` and there is no ``action_id``, starting it again cannot run it twice.
     """
 
     def __init__(

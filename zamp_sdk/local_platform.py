@@ -10,15 +10,13 @@ import atexit
 import contextlib
 import copy
 import inspect
-import itertools
 import json
 import logging
+import os
 import re
 import sys
 import threading
 import time
-import uuid
-import weakref
 from concurrent.futures import Future
 from http.server import BaseHTTPRequestHandler
 from socketserver import ThreadingTCPServer
@@ -42,9 +40,6 @@ class RecordedRequest(NamedTuple):
     body: Any
 
 
-_Receive = Callable[[RecordedRequest], None]
-
-
 class LocalPlatform:
     """The Zamp API on 127.0.0.1, running the functions registered with ``action``; safe to use from any thread.
 
@@ -59,10 +54,13 @@ class LocalPlatform:
         self._time_scale = time_scale
         self._port = port
         self._functions: dict[str, _Function] = {}
-        self._lock = threading.Lock()  # guards the three below
-        self._requests: list[RecordedRequest] = []
+        self._requests: list[RecordedRequest] = []  # this and the next three are shared by threads: atomic methods only
         self._faults: list[Exception] = []
-        self._run: _Run | None = None
+        self._ids: dict[str, str] = {}  # by idempotency key
+        self._outcomes: dict[str, _Object] = {}  # by id
+        self._threads: list[threading.Thread] = []  # the event loop's is the first
+        self._lock = threading.Lock()  # guards the one below
+        self._server: _Server | None = None
 
     @overload
     def action(self, name: _F) -> _F: ...
@@ -92,43 +90,52 @@ class LocalPlatform:
     @property
     def base_url(self) -> str:
         """Where the platform listens; a RuntimeError while it does not."""
-        run = self._run
-        if run is None:
+        server = self._server
+        if server is None:
             raise RuntimeError("the local platform is not running: use `with platform:` or call platform.start()")
-        return f"http://127.0.0.1:{run.server.server_address[1]}"
+        return f"http://127.0.0.1:{server.server_address[1]}"
 
     @property
     def requests(self) -> list[RecordedRequest]:
         """The requests since the last start: a copy."""
-        with self._lock:
-            return list(self._requests)
+        return self._requests.copy()
 
     def fail_next(self, status: int = 503, times: int = 1, retry_after: int | None = None) -> None:
         """Refuse the next ``times`` requests with ``status``, and with ``Retry-After`` if seconds are given."""
-        headers = {} if retry_after is None else {"Retry-After": str(retry_after)}
-        with self._lock:
-            self._faults += [_RefusedError(status, "planned with fail_next", headers) for _ in range(times)]
+        headers = [] if retry_after is None else [f"Retry-After: {retry_after}"]
+        self._faults.extend([_RefusedError(status, "planned with fail_next", *headers)] * times)
 
     def drop_next(self, times: int = 1) -> None:
         """Close the connections of the next ``times`` requests instead of processing and answering them."""
-        with self._lock:
-            self._faults += [ConnectionAbortedError() for _ in range(times)]
+        self._faults.extend([ConnectionAbortedError()] * times)
 
     def start(self) -> None:
         """Listen and answer until ``stop``, with no memory of earlier runs."""
         with self._lock:
-            if self._run is not None:
+            if self._server is not None:
                 raise RuntimeError("the local platform is already running")
-            self._requests.clear()
-            self._run = _Run(self._port, self._receive, self._functions, self._time_scale)
+            for memory in (self._requests, self._ids, self._outcomes):
+                memory.clear()
+            self._server = server = _Server(("127.0.0.1", self._port), _Handler)
+            server.answer = self._answer
+            # -X dev would report slow callbacks, which are the users'.
+            self._run_in_thread(lambda: asyncio.run(self._main(server), debug=False))
+            atexit.register(self.stop)  # Python 3.9 can crash on exit where daemon threads are busy
 
     def stop(self) -> None:
         """Stop listening, forget planned faults, cancel coroutines, and wait up to 5 s for functions to return."""
         with self._lock:
-            run, self._run = self._run, None
+            if self._server is not None:
+                self._server.shutdown()
+            self._server = None
+            deadline = time.monotonic() + _STOP_SECONDS
+            for thread in self._threads:  # this grows until the first of them, the event loop's, has ended
+                thread.join(max(0.0, deadline - time.monotonic()))
+                if thread.is_alive():
+                    logging.getLogger("zamp_sdk").warning("a function that does not return was left behind")
+            self._threads.clear()
             self._faults.clear()
-        if run is not None:
-            run.stop()
+            atexit.unregister(self.stop)
 
     def __enter__(self) -> LocalPlatform:  # noqa: PYI034 - typing.Self came with Python 3.11
         self.start()
@@ -137,155 +144,57 @@ class LocalPlatform:
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
 
-    def _receive(self, request: RecordedRequest) -> None:
-        headers = {name: "***" if name == "authorization" else value for name, value in request.headers.items()}
-        with self._lock:
-            self._requests.append(request._replace(headers=headers))
-            if self._faults:
-                raise self._faults.pop(0)
-        if request.headers.get("authorization") != f"Bearer {self.auth_token}":
-            raise _RefusedError(401, "the bearer token is missing or wrong", {"WWW-Authenticate": "Bearer"})
-
-
-class _RefusedError(Exception):
-    def __init__(self, status: int, message: str, headers: Mapping[str, str] = {}) -> None:
-        super().__init__(message)
-        self.status, self.headers = status, headers
-
-
-class _Server(ThreadingTCPServer):  # an HTTPServer would look up this machine's name, which can take seconds
-    allow_reuse_address = True
-    request_queue_size = 128
-    answer: Callable[[RecordedRequest], _Object]
-
-    def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):  # that is a connection that was lost or dropped
-            super().handle_error(request, client_address)
-
-
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    timeout = 5  # for each read and write: a client that is silent for longer is dropped
-    server: _Server
-
-    def _serve(self) -> None:
-        headers = {name.lower(): value for name, value in self.headers.items()}
-        length = headers.get("content-length", "0")
-        try:
-            if not length.isdecimal() or "transfer-encoding" in headers:
-                raise _RefusedError(411, "the body must have a Content-Length")
-            content = self.rfile.read(int(length))
-            body = None
-            with contextlib.suppress(ValueError):
-                body = json.loads(content, parse_constant=int)  # int() refuses NaN and Infinity, which are not JSON
-            self._send(200, self.server.answer(RecordedRequest(self.command, self.path, headers, body)))
-        except _RefusedError as exc:
-            self._send(exc.status, {"error": {"message": str(exc)}}, exc.headers)
-
-    do_GET = do_POST = _serve  # noqa: N815 - the base class looks for these names
-
-    def _send(self, status: int, body: _Object, headers: Mapping[str, str] = {}) -> None:
-        content = json.dumps(body).encode()
-        self.send_response(status)
-        fixed = {"Content-Type": "application/json", "Content-Length": str(len(content))}
-        for name, value in {**fixed, "Connection": "close", **headers}.items():  # so stop() has none to wait for
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(content)
-
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class named it
-        pass  # the base class writes to stderr
-
-
-def _thread(target: Callable[[], object]) -> threading.Thread:
-    """Start a thread: a daemon, so that a function that never returns can't keep the program from exiting."""
-    thread = threading.Thread(target=target, name="zamp-local-platform", daemon=True)
-    thread.start()
-    return thread
-
-
-class _Run:
-    """One run of the platform: a server, an event loop in a thread of its own, and the actions, which are its tasks."""
-
-    def __init__(self, port: int, receive: _Receive, functions: Mapping[str, _Function], time_scale: float) -> None:
-        self.server = _Server(("127.0.0.1", port), _Handler)
-        self.server.answer = self._answer
-        self._receive = receive
-        self._functions = functions
-        self._time_scale = time_scale
-        self._lock = threading.Lock()  # two starts with one idempotency key are one action
-        self._ids: dict[str, str] = {}  # by idempotency key
-        self._outcomes: dict[str, _Object] = {}  # by id
-        self._calls: weakref.WeakSet[threading.Thread] = weakref.WeakSet()
-        self._loop: Future[asyncio.AbstractEventLoop] = Future()
-        self._stopping: Future[None] = Future()
-        # -X dev would report slow callbacks, which are the users'.
-        self._coroutines = _thread(lambda: asyncio.run(self._main(), debug=False))
-        self._acceptor = _thread(lambda: self.server.serve_forever(poll_interval=0.02))
-        atexit.register(self.stop)  # Python 3.9 can crash on exit where daemon threads are busy
-
-    async def _main(self) -> None:
-        self._loop.set_result(asyncio.get_running_loop())
-        await asyncio.wrap_future(self._stopping)  # then asyncio.run cancels all tasks
-
-    def stop(self) -> None:
-        atexit.unregister(self.stop)
-        self.server.shutdown()
-        self._acceptor.join()
-        self.server.server_close()  # this joins the threads of its connections
-        self._stopping.set_result(None)
-        deadline = time.monotonic() + _STOP_SECONDS
-        self._coroutines.join(_STOP_SECONDS)  # first, for until it ends it may begin more calls
-        for thread in self._calls:
-            thread.join(max(0.0, deadline - time.monotonic()))
-        if any(thread.is_alive() for thread in (self._coroutines, *self._calls)):
-            logging.getLogger("zamp_sdk").warning("a function that does not return was left behind")
-
     def _answer(self, request: RecordedRequest) -> _Object:
-        self._receive(request)
+        headers = {name: "***" if name == "authorization" else value for name, value in request.headers.items()}
+        self._requests.append(request._replace(headers=headers))
+        with contextlib.suppress(IndexError):  # no fault is planned
+            raise self._faults.pop(0)
+        if request.headers.get("authorization") != f"Bearer {self.auth_token}":
+            raise _RefusedError(401, "the bearer token is missing or wrong", "WWW-Authenticate: Bearer")
         if (request.method, request.path) == ("POST", "/actions"):
-            return self._start(_checked(request.body), request.headers.get("idempotency-key"))
-        action_id = request.path[len("/actions/") :]
-        if request.method == "POST" or request.path != f"/actions/{action_id}":
+            return {"id": self._start(_checked(request.body), request.headers.get("idempotency-key"))}
+        parent, _, action_id = request.path.rpartition("/")
+        if (request.method, parent) != ("GET", "/actions"):
             raise _RefusedError(404, f"no such path: {request.method} {request.path}")
         if action_id not in self._outcomes:
             raise _RefusedError(404, f"unknown action id: {action_id}")
         return {"id": action_id, **self._outcomes[action_id]}
 
-    def _start(self, start: _Object, key: str | None) -> _Object:
+    def _start(self, start: _Object, key: str | None) -> str:
         name = start["action_name"]
-        function = self._functions.get(name)
-        if function is None:
-            known = ", ".join(sorted(self._functions)) or "none"
-            raise _RefusedError(404, f"unknown action {name!r}; registered: {known}")
-        with self._lock:
-            action_id = self._ids.setdefault(key or str(uuid.uuid4()), f"act_{uuid.uuid4()}")
-            if action_id not in self._outcomes:
-                self._outcomes[action_id] = {"status": "RUNNING"}
-                asyncio.run_coroutine_threadsafe(self._execute(action_id, function, start), self._loop.result())
-        return {"id": action_id}
+        if name not in self._functions:
+            raise _RefusedError(404, f"unknown action {name!r}; registered: {', '.join(self.action_names) or 'none'}")
+        new_id = f"act_{os.urandom(8).hex()}"
+        self._outcomes[new_id] = {"status": "RUNNING"}  # before another start with the same key is told the id
+        action_id = self._ids.setdefault(key or new_id, new_id)
+        if action_id == new_id:
+            asyncio.run_coroutine_threadsafe(self._execute(action_id, self._functions[name], start), self._loop)
+        return action_id
+
+    async def _main(self, server: _Server) -> None:
+        self._loop = asyncio.get_running_loop()
+        await asyncio.wrap_future(self._run_in_thread(server.serve))
+        # Then asyncio.run cancels all tasks, and so the actions.
 
     async def _execute(self, action_id: str, function: _Function, start: _Object) -> None:
         policy = start["retry_policy"]
         interval, longest = _seconds(policy["initial_interval"]), _seconds(policy["maximum_interval"])
-        for attempt in itertools.count(1):
-            outcome = await self._attempt(function, start)
-            if outcome["status"] == "COMPLETED" or attempt == policy["maximum_attempts"]:
+        attempts_left = policy["maximum_attempts"]  # 0 is no limit, for it is never reached again
+        while True:
+            outcome = await self._attempt(function, start["params"], start["start_to_close_timeout_seconds"])
+            attempts_left -= 1
+            if outcome["status"] == "COMPLETED" or attempts_left == 0:
                 break
             await asyncio.sleep(interval * self._time_scale)
             interval = min(interval * policy["backoff_coefficient"], longest)
         self._outcomes[action_id] = outcome
 
-    async def _attempt(self, function: _Function, start: _Object) -> _Object:
-        params, timeout = copy.deepcopy(start["params"]), start["start_to_close_timeout_seconds"]
+    async def _attempt(self, function: _Function, params: Any, timeout: float) -> _Object:
         call: asyncio.Future[_Object]
         if inspect.iscoroutinefunction(function):
             call = asyncio.ensure_future(_await(function, params))
         else:
-            outcome: Future[_Object] = Future()
-            outcome.set_running_or_notify_cancel()  # a function can't be cancelled, only left behind
-            self._calls.add(_thread(lambda: outcome.set_result(_call(function, params))))
-            call = asyncio.wrap_future(outcome)
+            call = asyncio.wrap_future(self._run_in_thread(lambda: _call(function, params)))
         try:
             await asyncio.wait({call}, timeout=timeout)
             if call.done():
@@ -294,17 +203,73 @@ class _Run:
         finally:
             call.cancel()
 
+    def _run_in_thread(self, function: Callable[[], Any]) -> Future[Any]:
+        result: Future[Any] = Future()
+        result.set_running_or_notify_cancel()  # a function can't be cancelled, only left behind
+        # A daemon, so that a function that never returns can't keep the program from exiting.
+        thread = threading.Thread(target=lambda: result.set_result(function()), name="zamp-local-platform", daemon=True)
+        self._threads.append(thread)
+        thread.start()
+        return result
+
+
+class _RefusedError(Exception):
+    """A request is answered with an error: its status, its message, and lines to add to the reply's header."""
+
+
+class _Server(ThreadingTCPServer):  # an HTTPServer would look up this machine's name, which can take seconds
+    allow_reuse_address = True
+    request_queue_size = 128
+    answer: Callable[[RecordedRequest], _Object]
+
+    def serve(self) -> None:
+        with self:  # whose end joins the threads of the connections
+            self.serve_forever(poll_interval=0.02)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], OSError):  # that is a connection that was lost or dropped
+            super().handle_error(request, client_address)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    timeout = 2  # for each read and write: a client that is silent for longer is dropped
+    server: _Server
+
+    def _serve(self) -> None:
+        fields = {name.lower(): value for name, value in self.headers.items()}
+        length = fields.get("content-length", "0")
+        headers: list[str] = []
+        try:
+            if not length.isdecimal() or "transfer-encoding" in fields:
+                raise _RefusedError(411, "the body must have a Content-Length")
+            content = self.rfile.read(int(length))
+            body = None
+            with contextlib.suppress(ValueError):
+                body = json.loads(content, parse_constant=int)  # int() refuses NaN and Infinity, which are not JSON
+            status, answer = 200, self.server.answer(RecordedRequest(self.command, self.path, fields, body))
+        except _RefusedError as exc:
+            status, message, *headers = exc.args
+            answer = {"error": {"message": message}}
+        text = json.dumps(answer)  # in ASCII
+        headers += ["Content-Type: application/json", f"Content-Length: {len(text)}", "Connection: close"]
+        self.wfile.write("\r\n".join([f"HTTP/1.1 {status} ", *headers, "", text]).encode())
+
+    do_GET = do_POST = _serve  # noqa: N815 - the base class looks for these names
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class named it
+        pass  # the base class writes to stderr
+
 
 def _call(function: _Function, params: Any) -> _Object:
     try:
-        return _success(function(params))
+        return _success(function(copy.deepcopy(params)))
     except BaseException as exc:  # noqa: BLE001 - SystemExit too is a failed attempt
         return _failure("FAILED", exc)
 
 
 async def _await(function: _Function, params: Any) -> _Object:
     try:
-        return _success(await function(params))
+        return _success(await function(copy.deepcopy(params)))
     except BaseException as exc:  # noqa: BLE001 - as above
         return _failure("FAILED", exc)
 
@@ -328,10 +293,10 @@ def _seconds(duration: str) -> float:
 
 
 _DURATION_RULE = ((str,), None, "an ISO 8601 duration")
-# What each field of a start must be: its types (none: any), its least value, and both in words.
+# What each field of a start must be: its types, its least value, and both in words.
 _RULES: dict[str, tuple[tuple[type, ...], float | None, str]] = {
     "action_name": ((str,), None, "a text"),
-    "params": ((), None, "any JSON value"),
+    "params": ((dict, list, str, int, float, bool, type(None)), None, "any JSON value"),
     "is_external_action": ((bool,), True, "true"),
     "summary": ((str,), None, "a text"),
     "start_to_close_timeout_seconds": ((int, float), sys.float_info.min, "a number above 0"),
@@ -352,14 +317,13 @@ def _checked(body: Any) -> _Object:
     fields = {**_DEFAULTS, **body}
     if isinstance(fields["retry_policy"], dict):
         fields.update({f"retry_policy.{name}": value for name, value in fields["retry_policy"].items()})
-    for name in [*_RULES, *fields]:
+    for name in fields:
         if name not in _RULES:
             raise _RefusedError(422, f"there is no field {name}")
-        kinds, least, expected = _RULES[name]
+    for name, (kinds, least, expected) in _RULES.items():
         value = fields.get(name, ...)
         if (
-            value is ...
-            or (kinds and type(value) not in kinds)
+            type(value) not in kinds
             or (least is not None and not least <= value <= sys.float_info.max)
             or (name.endswith("_interval") and not _DURATION.fullmatch(value))
         ):

@@ -324,7 +324,10 @@ class _ProxyHandler(urllib.request.ProxyHandler):
             raise ValueError(  # urllib would speak plain HTTP to it
                 f"{type.upper()}_PROXY names a {scheme}:// proxy, and only http:// proxies can be used"
             )
-        return super().proxy_open(request, proxy, type)
+        try:
+            return super().proxy_open(request, proxy, type)
+        except ValueError:
+            raise ValueError(f"{type.upper()}_PROXY is not a URL like http://proxy.example:3128") from None
 
 
 @functools.cache

@@ -7,16 +7,18 @@ import functools
 import logging
 import math
 import os
+import re
 import time
 from datetime import timedelta
-from typing import Any, Callable, Generic, TypeVar, overload
+from typing import Any, Callable, Coroutine, Generic, TypeVar, overload
 
-from ..errors import ActionTimeoutError, HttpClientError, ZampError
+from ..errors import ActionTimeoutError, ZampError
 from . import http_client, lifecycle, wire
 from .models import ActionStatus, RetryPolicy, SdkConfig
 
 T = TypeVar("T")
 LONG_RETRY = 5.0  # s of waiting after a failure from which it is worth a warning
+GRACE = 2.0  # s beyond a caller's timeout for a poll that is under way then
 INTERRUPTED = (asyncio.CancelledError, KeyboardInterrupt)  # up to Python 3.10 Ctrl-C can be either inside a task
 Observer = Callable[["lifecycle.Send | lifecycle.Sleep"], None]
 
@@ -56,15 +58,15 @@ class ActionHandle(Generic[T]):
         """Ask the platform once how the action stands; HttpClientError if it cannot be asked."""
         reply = await _perform(lifecycle.look(self._id), self._config)
         if reply.status not in ActionStatus.__members__:
-            lifecycle.outcome(self._id, reply)
+            self._outcome(reply)
         return ActionStatus(reply.status)
 
     async def result(self, timeout: timedelta | None = None) -> T:
         """Wait until the action ends and return its result; may be called again and again.
 
         Args:
-            timeout: How long to wait; a poll that is under way then gets a second more. The default is until the
-                platform must have ended an action started here (at least an hour); else there is no limit.
+            timeout: How long to wait; a poll that is under way then gets up to two seconds more. The default is until
+                the platform must have ended an action started here (at least an hour); else there is no limit.
 
         Raises:
             ActionFailedError: The action ended without a result.
@@ -85,8 +87,27 @@ class ActionHandle(Generic[T]):
             steps = lifecycle.follow(
                 self._id, clock=time.monotonic, jitter=_jitter, started_at=self._started_at, limit=limit
             )
-            self._ended = await _perform(steps, self._config, observe)
-        return self._validated(lifecycle.outcome(self._id, self._ended))
+            following = _perform(steps, self._config, observe)
+            self._ended = await (following if timeout is None else self._within(limit + GRACE, following))
+        return self._validated(self._outcome(self._ended))
+
+    async def _within(self, seconds: float, following: Coroutine[Any, Any, wire.ActionReply]) -> wire.ActionReply:
+        """Keep the caller's time even where other requests hold every slot of the event loop for longer."""
+        task = asyncio.ensure_future(following)
+        try:
+            await asyncio.wait({task}, timeout=seconds)
+            if task.done():
+                return task.result()
+        finally:
+            task.cancel()
+        raise lifecycle.timeout_error(self._id, "", seconds)
+
+    def _outcome(self, reply: wire.ActionReply) -> Any:
+        try:
+            return lifecycle.outcome(self._id, reply)
+        except ZampError as exc:
+            _redact(exc, self._config.auth_token)
+            raise
 
     def _validated(self, result: Any) -> T:
         validate = getattr(self._return_type, "model_validate", None)
@@ -287,7 +308,7 @@ def _resolve(base_url: str | None, auth_token: str | None) -> SdkConfig:
 def _warn_of_plain_http(base_url: str) -> None:
     """Warn of a token sent in the clear: once for each URL, and not about this machine itself."""
     host = base_url.split("/")[2]
-    if not host.startswith(("127.", "localhost", "[::1]")):
+    if not re.fullmatch(r"(127(\.\d+){3}|localhost|\[::1\])(:\d+)?", host):
         logger.warning("%s is plain http: the token and the data can be read on the way; use https", base_url)
 
 
@@ -318,9 +339,6 @@ async def _perform(steps: lifecycle.Steps, config: SdkConfig, observe: Observer 
 def _redact(exc: BaseException | None, token: str) -> None:
     """Take the token out of an error: a peer may have echoed it in what the error quotes."""
     if isinstance(exc, ZampError):
-        exc.message = http_client.redacted(exc.message, token)
+        vars(exc).update(http_client.redacted(vars(exc), token))
         exc.args = (exc.message,)
         _redact(exc.__cause__, token)
-    if isinstance(exc, HttpClientError):
-        exc.response_body = exc.response_body and http_client.redacted(exc.response_body, token)
-        exc.headers = {name: http_client.redacted(value, token) for name, value in exc.headers.items()}

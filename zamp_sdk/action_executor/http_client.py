@@ -13,7 +13,7 @@ import logging
 import math
 import sys
 import time
-from typing import TYPE_CHECKING, Callable
+from typing import TYPE_CHECKING, Any, Callable
 from weakref import WeakKeyDictionary
 
 from .lifeline import Lifeline
@@ -28,15 +28,26 @@ __version__ = "1.0.0"  # of the package; the User-Agent tells it
 SLOTS = 64  # requests in flight per event loop, and so sockets
 UNWIND = 1.0  # s for a thread to notice that its request was cut off; a name lookup alone never does
 SLOW_THREAD = 1.0  # s of waiting for a thread from which a failure mentions it
+SHORTEST_SECRET = 4  # characters of a token that was cut short from which they are hidden
 USER_AGENT = f"zamp-sdk/{__version__} Python/{sys.version_info[0]}.{sys.version_info[1]} {sys.platform}"
 
 logger: logging.Logger = logging.getLogger("zamp_sdk")
 _slots: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
 
 
-def redacted(text: str, token: str) -> str:
-    """Take the token out of a text that a peer may have echoed it into."""
-    return text.replace(token, "[token]")
+def redacted(value: Any, token: str) -> Any:
+    """Take the token out of a value that a peer may have echoed it into, as JSON writes it or cut short, too."""
+    if isinstance(value, dict):
+        return {redacted(name, token): redacted(item, token) for name, item in value.items()}
+    if isinstance(value, list):
+        return [redacted(item, token) for item in value]
+    if isinstance(value, str):
+        escaped = token.replace("\\", "\\\\").replace('"', '\\"')
+        for form in (escaped.replace("/", "\\/"), escaped, token):
+            value = value.replace(form, "[token]")
+            for size in range(len(form) - 1, SHORTEST_SECRET - 1, -1):
+                value = value.replace(f"{form[:size]}...", "[token]...")
+    return value
 
 
 async def send(config: SdkConfig, request: Request, timeout: float) -> Answer:

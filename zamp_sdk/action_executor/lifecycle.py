@@ -65,7 +65,7 @@ def start(request: Request, *, clock: Clock, jitter: Jitter) -> Steps:
         if isinstance(answer, Reply):
             told_to_wait = wire.retry_after(answer.headers)
             refused = answer.status_code == 429 or (answer.status_code == 503 and told_to_wait is not None)
-            wait = wait if told_to_wait is None else told_to_wait
+            wait = wait if told_to_wait is None else max(told_to_wait, BACKOFF_MIN)
             error = _http_error("starting the action", answer, may_have_started=not refused and _is_doubtful(answer))
         else:
             refused = answer.retryable and not answer.sent
@@ -90,7 +90,7 @@ def follow(
     ``started_at`` is by ``clock``, None if the action was started elsewhere; ``limit`` is in seconds, and may be inf.
     """
     request = wire.poll_request(action_id)
-    began = last_good = clock()
+    began = failing_since = clock()
     failures = 0
     status = ""
     while True:
@@ -104,22 +104,26 @@ def follow(
         if reply is not None:
             if reply.status != ActionStatus.RUNNING:
                 return reply
-            status, failures, last_good = reply.status, 0, now
+            status, failures = reply.status, 0
             if told_to_wait is not None:
-                wait = min(told_to_wait, POLL_MAX)
+                wait = min(max(told_to_wait, POLL_MIN), POLL_MAX)
             else:
                 interval = poll_interval(now - began if age is None else age, jitter())
                 # From one sending to the next; but a platform that is slow to answer is left half of it in peace.
                 wait = max(interval - (now - asked), interval / 2)
         else:
             error = _poll_error(action_id, answer, problem)
-            if not may_pass or now - last_good >= POLL_FAILURE_WINDOW:
+            if failures == 0:
+                failing_since = asked  # not since the last good reply: a process may have been frozen since
+            if not may_pass or now - failing_since >= POLL_FAILURE_WINDOW:
                 raise error from _cause(answer)
             failures += 1
-            wait = backoff(failures, jitter()) if told_to_wait is None else min(told_to_wait, RETRY_AFTER_MAX)
-            wait = min(wait, last_good + POLL_FAILURE_WINDOW - now)
+            wait = backoff(failures, jitter())
+            if told_to_wait is not None:
+                wait = min(max(told_to_wait, BACKOFF_MIN), RETRY_AFTER_MAX)
+            wait = min(wait, failing_since + POLL_FAILURE_WINDOW - now)
         if now - began >= limit:
-            raise _timeout_error(action_id, status, now - began) from error
+            raise timeout_error(action_id, status, now - began) from error
         yield Sleep(min(wait, began + limit - now), error.message if error else None)
 
 
@@ -275,7 +279,8 @@ def _cause(answer: Answer) -> Exception | None:
     return answer.cause if isinstance(answer, Failure) else None
 
 
-def _timeout_error(action_id: str, status: str, waited: float) -> ActionTimeoutError:
+def timeout_error(action_id: str, status: str, waited: float) -> ActionTimeoutError:
+    """Make the error that says that the wait is over, and that the action is not."""
     message = (
         f"action {action_id} had not ended after {waited:.1f} s; it goes on, "
         f"and ActionExecutor.get_handle({action_id!r}) can go on waiting"

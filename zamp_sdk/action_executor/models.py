@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import re
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
@@ -135,12 +136,14 @@ def _normalize_base_url(url: str) -> str:
         raise ValueError("base_url must not contain a user name, a password or a backslash; the token is auth_token")
     if "?" in url or "#" in url:
         raise ValueError("base_url must not have a query or a fragment")
-    if not parts.hostname or port == 0 or parts.netloc.endswith(":"):
+    # Some Pythons take more for a port than digits, and anything for an address in brackets.
+    if not re.fullmatch(r"(\[[0-9a-fA-F:.]+(%[\w.-]+)?\]|[^][:]+)(:[0-9]+)?", parts.netloc) or port == 0:
         raise ValueError("base_url must name a host, and a port from 1 to 65535 if any")
+    host = parts.hostname or ""
     try:
-        host = parts.hostname if ":" in parts.hostname else parts.hostname.encode("idna").decode("ascii")
+        host = host if ":" in host else host.encode("idna").decode("ascii")
     except UnicodeError:
-        raise ValueError(f"base_url has a host name that cannot be looked up: {parts.hostname!r}") from None
+        raise ValueError(f"base_url has a host name that cannot be looked up: {host!r}") from None
     if ":" in host:
         host = f"[{host}]"
     elif not all(char.isalnum() or char in ".-_" for char in host):

@@ -179,7 +179,7 @@ def _model_dump(model: Any) -> Any:
     """Ask for JSON mode (pydantic's custom serialisers need it) where the method can be asked."""
     try:
         inspect.signature(model.model_dump).bind(mode="json")
-    except TypeError:
+    except (TypeError, ValueError):  # ValueError: a builtin that tells nothing of its parameters
         return model.model_dump()
     return model.model_dump(mode="json")
 
@@ -289,4 +289,5 @@ def excerpt(body: bytes, size: int = 200) -> str:
     """Return how a text begins, on one line that is safe to print."""
     text = " ".join(body[: 4 * size].decode(errors="replace").split())
     text = "".join(char if char.isprintable() else "?" for char in text)
-    return (text if len(text) <= size else text[:size] + "...") or "(empty)"
+    is_whole = len(text) <= size and len(body) <= 4 * size
+    return (text if is_whole else text[:size] + "...") or "(empty)"
