@@ -13,7 +13,7 @@ import logging
 import math
 import sys
 import time
-from typing import TYPE_CHECKING, Any, Callable
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 from .lifeline import Lifeline
@@ -91,9 +91,9 @@ class _Call:
     async def perform(self) -> Answer:
         timer = self.loop.call_later(self.timeout, self._end)
         try:
-            answer = await self._in_thread(self._begin)
+            answer = await self._in_thread()
             while answer is None:
-                answer = await self._in_thread(self._go_on) if await self._is_ready() else self._timed_out()
+                answer = await self._in_thread() if await self._is_ready() else self._timed_out()
         except BaseException:  # cancelled: nobody will read an answer any more
             self._abandon()
             raise
@@ -108,10 +108,10 @@ class _Call:
             answer = answer._replace(message=answer.message + advice)
         return answer
 
-    async def _in_thread(self, phase: Callable[[], Answer | None]) -> Answer | None:
+    async def _in_thread(self) -> Answer | None:
         """Run a phase in a thread, but not beyond the deadline: then its socket is shut down under it."""
         self.queued_since = time.monotonic()
-        thread = self.loop.create_task(asyncio.to_thread(phase))
+        thread = self.loop.create_task(asyncio.to_thread(self._advance))
         thread.add_done_callback(self._wake)
         try:
             await self._event()
@@ -129,16 +129,14 @@ class _Call:
         except RuntimeError as exc:  # "cannot schedule new futures", "can't start new thread"
             return Failure(f"no thread to send it from: {exc}", self._is_sent, retryable=False, cause=exc)
 
-    def _begin(self) -> Answer | None:
-        self._entered()
-        from .connections import Exchange
+    def _advance(self) -> Answer | None:
+        assert self.queued_since is not None
+        self.queued += time.monotonic() - self.queued_since
+        self.queued_since = None
+        if self.exchange is None:
+            from .connections import Exchange
 
-        self.exchange = Exchange(self.lifeline, self.request.method, self.url, self.headers, self.request.body)
-        return self.exchange.proceed()
-
-    def _go_on(self) -> Answer | None:
-        self._entered()
-        assert self.exchange is not None
+            self.exchange = Exchange(self.lifeline, self.request.method, self.url, self.headers, self.request.body)
         return self.exchange.proceed()
 
     async def _is_ready(self) -> bool:
@@ -175,11 +173,6 @@ class _Call:
     def _end(self) -> None:
         self.is_over = True
         self._wake()
-
-    def _entered(self) -> None:
-        assert self.queued_since is not None
-        self.queued += time.monotonic() - self.queued_since
-        self.queued_since = None
 
     @property
     def _is_sent(self) -> bool:

@@ -71,8 +71,9 @@ def start(request: Request, *, clock: Clock, jitter: Jitter) -> Steps:
             refused = answer.retryable and not answer.sent
             message = f"starting the action: {answer.message}{_doubt(answer.sent)}"
             error = HttpClientError(message, may_have_started=answer.sent)
+            error.__cause__ = answer.cause
         if not refused or attempt == START_TRIES or clock() - began + wait > START_WINDOW:
-            raise error from _cause(answer)
+            raise error
         yield Sleep(wait, str(error))
     raise AssertionError("unreachable")  # count() never ends
 
@@ -116,7 +117,7 @@ def follow(
             if failures == 0:
                 failing_since = asked  # not since the last good reply: a process may have been frozen since
             if not may_pass or now - failing_since >= POLL_FAILURE_WINDOW:
-                raise error from _cause(answer)
+                raise error
             failures += 1
             wait = backoff(failures, jitter())
             if told_to_wait is not None:
@@ -132,7 +133,7 @@ def look(action_id: str) -> Steps:
     answer: Answer = yield Send(wire.poll_request(action_id))
     reply, problem, _ = _read_poll(answer, None)
     if reply is None:
-        raise _poll_error(action_id, answer, problem) from _cause(answer)
+        raise _poll_error(action_id, answer, problem)
     return reply
 
 
@@ -234,7 +235,9 @@ def _read_poll(answer: Answer, age: float | None) -> tuple[ActionReply | None, s
 def _poll_error(action_id: str, answer: Answer, problem: str | None) -> HttpClientError:
     doing = f"asking for action {action_id}"
     if isinstance(answer, Failure):
-        return HttpClientError(f"{doing}: {problem}", action_id=action_id)
+        error = HttpClientError(f"{doing}: {problem}", action_id=action_id)
+        error.__cause__ = answer.cause
+        return error
     return _http_error(doing, answer, problem, action_id=action_id)
 
 
@@ -273,10 +276,6 @@ def _http_error(
 
 def _doubt(may_have_started: bool) -> str:  # noqa: FBT001  # named after what it is at every call
     return "; the action may have started all the same, so it was not sent again" if may_have_started else ""
-
-
-def _cause(answer: Answer) -> Exception | None:
-    return answer.cause if isinstance(answer, Failure) else None
 
 
 def timeout_error(action_id: str, status: str, waited: float) -> ActionTimeoutError:

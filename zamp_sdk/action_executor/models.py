@@ -12,6 +12,7 @@ import re
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
+from typing import Any
 
 from ..errors import MissingConfigError
 
@@ -48,18 +49,18 @@ class RetryPolicy:
     """Each wait is this many times the one before; at least 1."""
 
     def __post_init__(self) -> None:
-        for name in ("initial_interval", "maximum_interval"):
+        kinds: dict[str, tuple[type | tuple[type, ...], str, Any]] = {
+            "initial_interval": (timedelta, "a timedelta", timedelta(0)),
+            "maximum_attempts": (int, "an int", 0),
+            "maximum_interval": (timedelta, "a timedelta", timedelta(0)),
+            "backoff_coefficient": ((int, float), "a number", 0),
+        }
+        for name, (kind, expected, zero) in kinds.items():
             value = getattr(self, name)
-            if not isinstance(value, timedelta):
-                raise TypeError(f"{name} must be a timedelta, not {type(value).__name__}")
-            if value < timedelta(0):
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise TypeError(f"{name} must be {expected}, not {type(value).__name__}")
+            if value < zero:
                 raise ValueError(f"{name} must not be negative: {value}")
-        if not isinstance(self.maximum_attempts, int) or isinstance(self.maximum_attempts, bool):
-            raise TypeError(f"maximum_attempts must be an int, not {type(self.maximum_attempts).__name__}")
-        if self.maximum_attempts < 0:
-            raise ValueError(f"maximum_attempts must not be negative (0 means no limit): {self.maximum_attempts}")
-        if not isinstance(self.backoff_coefficient, (int, float)) or isinstance(self.backoff_coefficient, bool):
-            raise TypeError(f"backoff_coefficient must be a number, not {type(self.backoff_coefficient).__name__}")
         if not 1 <= self.backoff_coefficient < math.inf:
             raise ValueError(f"backoff_coefficient must be a finite number of at least 1: {self.backoff_coefficient}")
         if self.maximum_interval < self.initial_interval:
