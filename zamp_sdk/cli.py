@@ -215,7 +215,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
     try:
         module, _, name = place.partition(":")
         platform = getattr(importlib.import_module(module), name)
-    except Exception as exc:  # noqa: BLE001  # whatever the user's module raises
+    except Exception as exc:
         raise ValueError(f"cannot load {place!r} (write MODULE:NAME): {type(exc).__name__}: {exc}") from None
     if not isinstance(platform, LocalPlatform):
         raise TypeError(f"{place} must be a LocalPlatform, not {type(platform).__name__}")

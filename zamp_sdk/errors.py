@@ -1,7 +1,6 @@
 """Every exception that zamp_sdk raises of its own; programs read the attributes, people read ``str()``.
 
-Bad arguments are plain ``ValueError`` and ``TypeError``. None of these ever holds the token; all survive pickle
-and copy, for ``args`` is the message and the attributes are the instance's state.
+Bad arguments are plain ``ValueError`` and ``TypeError``. None of these holds the token; all survive pickle and copy.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ class HttpClientError(ZampError):
 
     Attributes:
         message: What happened and what to do about it.
-        status_code: The reply's HTTP status; ``None`` if there was no reply.
-        response_body: The reply's body as text; ``None`` if there was no reply.
-        headers: The reply's headers, their names in lower case; empty if there was no reply.
-        action_id: The action this is about; ``None`` while the platform has not given it an id.
+        status_code: The reply's HTTP status; ``None`` without a reply, as
+        response_body: its text.
+        headers: The reply's headers, their names in lower case.
+        action_id: The action; ``None`` while the platform has not given it an id.
         may_have_started: Whether the action may exist on the platform although its start failed.
             Where it is ``False`` and there is no ``action_id``, starting it again cannot run it twice.
     """

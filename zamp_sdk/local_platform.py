@@ -1,6 +1,6 @@
 """The Zamp API on 127.0.0.1: for trying things without an account, and for users' own tests.
 
-The wire format is spelled out here, not shared with the client, so that the platform checks the client, not echoes it.
+It spells the wire format out itself, to check the client and not to echo it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any, Callable, Mapping, NamedTuple, TypeVar, overload
 
 __all__ = ["LocalPlatform", "RecordedRequest"]
 
-_STOP_SECONDS = 5.0  # what stop() grants the actions that are still running: a thread can't be ended from outside
+_STOP_SECONDS = 5.0  # for running functions: a thread can't be ended from outside
 
 _Function = Callable[[Any], Any]
 _F = TypeVar("_F", bound=_Function)
@@ -49,7 +49,7 @@ class LocalPlatform:
         port: The port to listen on; 0 picks a free one at each start.
     """
 
-    def __init__(self, *, auth_token: str = "local-token", time_scale: float = 1.0, port: int = 0) -> None:  # noqa: S107 - no secret, on loopback
+    def __init__(self, *, auth_token: str = "local-token", time_scale: float = 1.0, port: int = 0) -> None:
         self.auth_token = auth_token
         self._time_scale = time_scale
         self._port = port
@@ -70,7 +70,7 @@ class LocalPlatform:
         """Register a function or coroutine function; a decorator, bare or with the action's name.
 
         It is called with ``params`` and returns JSON; an exception is a failed attempt. A function gets a thread of its
-        own, coroutines share an event loop. A name that is taken is a ValueError.
+        own, coroutines share an event loop.
         """
         if callable(name):
             return self.action(name.__name__)(name)
@@ -106,7 +106,7 @@ class LocalPlatform:
         self._faults.extend([_RefusedError(status, "planned with fail_next", *headers)] * times)
 
     def drop_next(self, times: int = 1) -> None:
-        """Close the connections of the next ``times`` requests instead of processing and answering them."""
+        """Close the connections of the next ``times`` requests instead of answering them."""
         self._faults.extend([ConnectionAbortedError()] * times)
 
     def start(self) -> None:
@@ -137,7 +137,7 @@ class LocalPlatform:
             self._faults.clear()
             atexit.unregister(self.stop)
 
-    def __enter__(self) -> LocalPlatform:  # noqa: PYI034 - typing.Self came with Python 3.11
+    def __enter__(self) -> LocalPlatform:
         self.start()
         return self
 
@@ -206,7 +206,7 @@ class LocalPlatform:
     def _run_in_thread(self, function: Callable[[], Any]) -> Future[Any]:
         result: Future[Any] = Future()
         result.set_running_or_notify_cancel()  # a function can't be cancelled, only left behind
-        # A daemon, so that a function that never returns can't keep the program from exiting.
+        # A daemon, so that no function can keep the program from exiting.
         thread = threading.Thread(target=lambda: result.set_result(function()), name="zamp-local-platform", daemon=True)
         self._threads.append(thread)
         thread.start()
@@ -214,7 +214,7 @@ class LocalPlatform:
 
 
 class _RefusedError(Exception):
-    """A request is answered with an error: its status, its message, and lines to add to the reply's header."""
+    """An error to answer with: its status, its message, and lines for the reply's header."""
 
 
 class _Server(ThreadingTCPServer):  # an HTTPServer would look up this machine's name, which can take seconds
@@ -254,23 +254,23 @@ class _Handler(BaseHTTPRequestHandler):
         headers += ["Content-Type: application/json", f"Content-Length: {len(text)}", "Connection: close"]
         self.wfile.write("\r\n".join([f"HTTP/1.1 {status} ", *headers, "", text]).encode())
 
-    do_GET = do_POST = _serve  # noqa: N815 - the base class looks for these names
+    do_GET = do_POST = _serve
 
-    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class named it
+    def log_message(self, format: str, *args: Any) -> None:
         pass  # the base class writes to stderr
 
 
 def _call(function: _Function, params: Any) -> _Object:
     try:
         return _success(function(copy.deepcopy(params)))
-    except BaseException as exc:  # noqa: BLE001 - SystemExit too is a failed attempt
+    except BaseException as exc:
         return _failure("FAILED", exc)
 
 
 async def _await(function: _Function, params: Any) -> _Object:
     try:
         return _success(await function(copy.deepcopy(params)))
-    except BaseException as exc:  # noqa: BLE001 - as above
+    except BaseException as exc:
         return _failure("FAILED", exc)
 
 
@@ -293,7 +293,7 @@ def _seconds(duration: str) -> float:
 
 
 _DURATION_RULE = ((str,), None, "an ISO 8601 duration")
-# What each field of a start must be: its types, its least value, and both in words.
+# Each field's types and least value, and both in words.
 _RULES: dict[str, tuple[tuple[type, ...], float | None, str]] = {
     "action_name": ((str,), None, "a text"),
     "params": ((dict, list, str, int, float, bool, type(None)), None, "any JSON value"),
@@ -311,7 +311,7 @@ _DEFAULTS = {"summary": "", "start_to_close_timeout_seconds": sys.float_info.max
 
 
 def _checked(body: Any) -> _Object:
-    """Return a start's fields, those that were left out too, or refuse it with the reason."""
+    """Return all fields of a start, or refuse it with the reason."""
     if not isinstance(body, dict):
         raise _RefusedError(422, "the body must be a JSON object")
     fields = {**_DEFAULTS, **body}

@@ -1,12 +1,10 @@
 """What blocks, for worker threads only: the opener, the connection pool, TLS, and one request's way through them.
 
-``urllib.request`` as it comes would follow redirects with the token, open ``file:`` URLs and close every
-connection. So the opener is made by hand, and its ``do_open`` takes an ``Exchange`` for a connection: what it makes of
-a request and the environment's proxies, the exchange then sends over a connection that it leases from the pool.
-Every exception of the libraries below becomes a ``Failure`` here.
+``urllib.request`` as it comes would follow redirects with the token, open ``file:`` URLs and close every connection.
+So the opener is made by hand, and its ``do_open`` takes an ``Exchange`` for a connection, which sends what urllib makes
+of a request over a connection from the pool. Every exception of the libraries below becomes a ``Failure`` here.
 """
 
-# ruff: noqa: D102  # what do_open calls is documented by http.client
 from __future__ import annotations
 
 import atexit
@@ -34,14 +32,14 @@ if TYPE_CHECKING:
     from .wire import Answer
 
 MAX_SOCKETS = 64  # in all, idle ones included
-MAX_IDLE, MAX_IDLE_FOR_POST = 10.0, 1.0  # s; a thawed process never sees that its peer has closed
+MAX_IDLE, MAX_IDLE_FOR_POST = 10.0, 1.0  # s; a thawed process sees no FIN
 CONNECT_TIMEOUT = 10.0  # s for one address, so that a dead one leaves time for the next
 MAX_BODY = 64 * 1024 * 1024  # bytes
 MAX_HEADERS, MAX_LINE = 100, 64 * 1024  # headers, and bytes of each
 
 
 class Wait(NamedTuple):
-    """What an exchange waits for on its socket, at most until ``until`` by ``time.monotonic``."""
+    """What an exchange waits for on its socket, until a time by ``time.monotonic``."""
 
     for_writing: bool = False
     until: float = math.inf
@@ -51,7 +49,7 @@ Steps = Generator[Wait, None, None]
 
 
 class _Key(NamedTuple):
-    """What a connection leads to; the hosts are as in a URL, their ports and brackets included."""
+    """Where a connection leads; the hosts are as in a URL."""
 
     is_tls: bool
     host: str
@@ -59,7 +57,7 @@ class _Key(NamedTuple):
 
 
 class _Connection:
-    """A connection to a platform, through a proxy's tunnel if need be, which knows whose it is."""
+    """A connection to a platform, through a proxy's tunnel if need be."""
 
     def __init__(self, key: _Key, proxy_headers: Mapping[str, str]) -> None:
         self.key = key
@@ -81,7 +79,7 @@ class _Connection:
             target = tunnel_to if tunnel_to.endswith(f":{port}") else f"{tunnel_to}:{port}"
             yield from self._ask_for_tunnel(target, lifeline)
         if is_tls:
-            # The handshake waits until self.sock is the new socket, for wrap_socket empties the old one.
+            # wrap_socket empties the old socket, so the handshake comes after it.
             self.sock = _pool.tls_context().wrap_socket(self.sock, server_hostname=host, do_handshake_on_connect=False)
             yield from self._shake_hands(lifeline)
 
@@ -91,7 +89,7 @@ class _Connection:
             lifeline.remaining()
             try:
                 self.sock = socket.socket(family, kind, proto)
-                self.sock.setblocking(False)  # noqa: FBT003  # the socket's own method
+                self.sock.setblocking(False)
                 self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 yield from self._connect_to(address, lifeline)
                 return
@@ -112,7 +110,7 @@ class _Connection:
             raise OSError(error, os.strerror(error))
 
     def _ask_for_tunnel(self, target: str, lifeline: Lifeline) -> Steps:
-        """Have the proxy connect to the platform (RFC 9110, 9.3.6); http.client's own way would wait for its answer."""
+        """Have the proxy connect to the platform (RFC 9110, 9.3.6), which http.client would wait for."""
         lifeline.hold(self.sock)
         stream = _Stream(self.sock, lifeline)
         stream.send(_head("CONNECT", target, {"Host": target, **self._proxy_headers}))
@@ -145,13 +143,13 @@ class _TlsSocket(ssl.SSLSocket):
     def getpeername(self) -> Any:
         try:
             return super().getpeername()
-        except OSError:  # the peer has gone: wrap_socket would raise a little later, and leave this socket open
+        except OSError:  # the peer has gone: wrap_socket would raise, and leave this open
             self.close()
             raise ConnectionResetError("connection reset") from None
 
 
 class _Stream(io.RawIOBase):
-    """A socket that never blocks, for which the thread waits instead, until its lifeline ends that."""
+    """A socket that never blocks; the thread waits for it instead, as long as its lifeline lets it."""
 
     def __init__(self, sock: socket.socket, lifeline: Lifeline) -> None:
         super().__init__()
@@ -196,7 +194,7 @@ class _Stream(io.RawIOBase):
 
 
 def _with_globals(function: Any, **replacements: Any) -> Any:
-    """Return a copy of a function that finds these in the place of its module's."""
+    """Copy a function, with these in the place of its module's."""
     names = {**function.__globals__, **replacements}
     copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
@@ -236,7 +234,7 @@ class _Response(http.client.HTTPResponse):
 
 
 class _Pool:
-    """The process's connections: at most MAX_SOCKETS of them, each leased to one exchange or idle."""
+    """The process's connections, each leased to one exchange or idle."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -245,7 +243,7 @@ class _Pool:
         self._idle: list[_Connection] = []  # the longest idle first
 
     def take(self, key: _Key, max_idle: float) -> _Connection | None:
-        """Lease the idle connection that was used last, if it is alive and young enough."""
+        """Lease the idle connection that was used last, if it is alive."""
         now = time.monotonic()
         with self._lock:
             while self._idle and now - self._idle[0].idle_since > MAX_IDLE:
@@ -296,9 +294,9 @@ class _Pool:
                 self._idle.pop().close()
 
     def start_afresh(self) -> None:
-        """In a forked child: its copies of the sockets are closed, which the parent's do not feel."""
+        """In a forked child, close its copies of the sockets."""
         inherited = [*self._idle, *self._leased]
-        self.__init__()  # type: ignore[misc]  # the lock too: another thread may have held it while this one forked
+        self.__init__()  # type: ignore[misc]  # the lock too: another thread may hold it
         for connection in inherited:
             connection.close()
 
@@ -318,7 +316,7 @@ class _Handler(urllib.request.AbstractHTTPHandler):
 
 
 class _ProxyHandler(urllib.request.ProxyHandler):
-    def proxy_open(self, request: urllib.request.Request, proxy: str, type: str) -> Any:  # noqa: A002  # the base's name
+    def proxy_open(self, request: urllib.request.Request, proxy: str, type: str) -> Any:
         scheme, separator, _ = proxy.partition("://")
         if separator and scheme.lower() != "http" and not urllib.request.proxy_bypass(request.host):
             raise ValueError(  # urllib would speak plain HTTP to it
@@ -359,10 +357,8 @@ class Exchange:
         self._response: http.client.HTTPResponse | None = None
         self._steps = self._perform()
 
-    # What http_client calls.
-
     def proceed(self) -> Answer | None:
-        """In a thread: go on to the answer; or return None when ``waits_for`` says what has to come first."""
+        """In a thread: go on to the answer, or return None when ``waits_for`` has to come first."""
         try:
             if self._connection is not None:
                 self._lifeline.hold(self._connection.sock)
@@ -370,7 +366,7 @@ class Exchange:
         except StopIteration as stop:
             reply: Reply = stop.value
             return reply
-        except Exception as exc:  # noqa: BLE001  # the one edge of translation
+        except Exception as exc:
             return self._fail(exc)
         return None if self._lifeline.rest() else self._fail(TimeoutError("timed out"))
 
@@ -380,7 +376,7 @@ class Exchange:
         return int(self._connection.sock.fileno())
 
     def discard(self) -> None:
-        """Close the connection; in the event loop only if the lifeline said that the thread is at rest."""
+        """Close the connection; in the event loop only while the thread is at rest."""
         if self._response is not None:
             self._response.close()
         if self._connection is not None:
@@ -405,10 +401,8 @@ class Exchange:
     def getresponse(self) -> Exchange:
         return self  # nothing is sent yet
 
-    # The rest is this class's own.
-
     def _perform(self) -> Generator[Wait, None, Reply]:
-        request = urllib.request.Request(self._url, self._body, dict(self._headers), method=self._method)  # noqa: S310  # SdkConfig has checked the scheme
+        request = urllib.request.Request(self._url, self._body, dict(self._headers), method=self._method)
         request.exchange = self  # type: ignore[attr-defined]  # how the handler comes by it
         _opener().open(request)  # which comes to the methods above
         key = _Key(self._url.startswith("https:"), self._host, self._tunnel_to)
@@ -446,7 +440,7 @@ class Exchange:
         if self._host not in ("", origin):
             origin += f" through the proxy {self._host}"
         what = excerpt(str(exc).encode(errors="replace")) if str(exc) else type(exc).__name__
-        cause = exc if isinstance(exc, OSError) else None  # http.client's exceptions quote what the peer sent
+        cause = exc if isinstance(exc, OSError) else None  # others quote the peer
         if self.sent:
             retryable = isinstance(exc, (OSError, http.client.HTTPException))
             return Failure(f"no reply from {origin}: {what}", sent=True, retryable=retryable, cause=cause)
@@ -474,7 +468,7 @@ def _advice(exc: Exception) -> tuple[str, bool]:
 
 
 def _read(response: http.client.HTTPResponse) -> bytes:
-    """Read a body; of a refusal, as much as comes: a proxy may answer and reset before it has read the request."""
+    """Read a body; of a refusal as much as comes: a proxy may reset before it has read the request."""
     body = bytearray()
     try:
         while len(body) + (response.length or 0) <= MAX_BODY:
@@ -484,7 +478,7 @@ def _read(response: http.client.HTTPResponse) -> bytes:
             body += piece
         else:
             raise ValueError(f"the reply is over {MAX_BODY // 1024**2} MiB")
-        if response.length:  # read(n), other than read(), does not tell a truncated body
+        if response.length:  # read(n) does not tell
             raise http.client.IncompleteRead(b"", response.length)
     except (OSError, http.client.HTTPException):
         if 200 <= response.status < 300:
@@ -493,7 +487,7 @@ def _read(response: http.client.HTTPResponse) -> bytes:
 
 
 def _is_ready(sock: socket.socket, timeout: float, *, for_writing: bool = False) -> bool:
-    if hasattr(select, "poll"):  # not select.select, which dies of file descriptors over 1,023
+    if hasattr(select, "poll"):  # select dies of file descriptors over 1,023
         poll = select.poll()
         poll.register(sock, select.POLLOUT if for_writing else select.POLLIN)
         return bool(poll.poll(timeout * 1000))

@@ -18,7 +18,7 @@ from .models import ActionStatus, RetryPolicy, SdkConfig
 
 T = TypeVar("T")
 LONG_RETRY = 5.0  # s of waiting after a failure from which it is worth a warning
-GRACE = 2.0  # s beyond a caller's timeout for a poll that is under way then
+GRACE = 2.0  # s beyond a caller's timeout for a poll under way
 INTERRUPTED = (asyncio.CancelledError, KeyboardInterrupt)  # up to Python 3.10 Ctrl-C can be either inside a task
 Observer = Callable[["lifecycle.Send | lifecycle.Sleep"], None]
 
@@ -51,7 +51,7 @@ class ActionHandle(Generic[T]):
 
     @property
     def id(self) -> str:
-        """The platform's id of the action: keep it, and any process can collect the result."""
+        """The platform's id, with which any process can collect the result."""
         return self._id
 
     async def status(self) -> ActionStatus:
@@ -92,7 +92,7 @@ class ActionHandle(Generic[T]):
         return self._validated(self._outcome(self._ended))
 
     async def _within(self, seconds: float, following: Coroutine[Any, Any, wire.ActionReply]) -> wire.ActionReply:
-        """Keep the caller's time even where other requests hold every slot of the event loop for longer."""
+        """Keep the caller's time even where other requests hold every slot."""
         task = asyncio.ensure_future(following)
         try:
             await asyncio.wait({task}, timeout=seconds)
@@ -168,13 +168,12 @@ class ActionExecutor:
 
         Args:
             action_name: The action's name on the platform.
-            params: Any JSON value; dataclasses, objects with ``model_dump``, dates, times, timedeltas, UUIDs,
-                Decimals and Enums are converted wherever they stand in it.
+            params: Any JSON value, with dataclasses, ``model_dump``, dates, times, timedeltas, UUIDs, Decimals and
+                Enums anywhere in it.
             base_url: The platform's URL; default: ``ZAMP_BASE_URL``.
             auth_token: The bearer token; default: ``ZAMP_AUTH_TOKEN``.
             summary: What the platform shows people about this run.
-            return_type: Where it has ``model_validate``, the result is what that makes of it; any other type
-                only tells a type checker, and the result stays as it came.
+            return_type: Its ``model_validate`` makes the result; a type without one only tells a type checker.
             action_retry_policy: How the platform retries the action's attempts; default: the platform's.
             action_start_to_close_timeout: The limit of one attempt; default: the platform's.
 
@@ -184,7 +183,7 @@ class ActionExecutor:
         Raises:
             MissingConfigError: There is no base URL or no token.
             TypeError, ValueError: An argument cannot be used; nothing was sent.
-            HttpClientError: A request failed; ``may_have_started`` and ``action_id`` say where that leaves the action.
+            HttpClientError: A request failed; it tells whether the action runs.
             ActionFailedError, ActionTimeoutError: As for ``ActionHandle.result``.
         """
         handle: ActionHandle[Any] = await ActionExecutor.start(
@@ -288,7 +287,7 @@ class ActionExecutor:
         auth_token: str | None = None,
         return_type: type | None = None,
     ) -> ActionHandle[Any]:
-        """Return the handle of an action that was started anywhere; sends nothing; ValueError for a bad id."""
+        """Return the handle of an action started anywhere; sends nothing; ValueError for a bad id."""
         wire.check_action_id(action_id)
         return ActionHandle(action_id, _resolve(base_url, auth_token), return_type)
 
@@ -306,7 +305,7 @@ def _resolve(base_url: str | None, auth_token: str | None) -> SdkConfig:
 
 @functools.lru_cache(maxsize=8)
 def _warn_of_plain_http(base_url: str) -> None:
-    """Warn of a token sent in the clear: once for each URL, and not about this machine itself."""
+    """Warn once of each URL to which the token goes in the clear."""
     host = base_url.split("/")[2]
     if not re.fullmatch(r"(127(\.\d+){3}|localhost|\[::1\])(:\d+)?", host):
         logger.warning("%s is plain http: the token and the data can be read on the way; use https", base_url)
@@ -337,7 +336,7 @@ async def _perform(steps: lifecycle.Steps, config: SdkConfig, observe: Observer 
 
 
 def _redact(exc: BaseException | None, token: str) -> None:
-    """Take the token out of an error: a peer may have echoed it in what the error quotes."""
+    """Take the token out of what an error quotes."""
     if isinstance(exc, ZampError):
         vars(exc).update(http_client.redacted(vars(exc), token))
         exc.args = (exc.message,)

@@ -1,9 +1,7 @@
-"""Sending one request from an event loop: ``urllib.request`` inside ``asyncio.to_thread``, in three phases.
+"""Sending one request from an event loop: ``urllib.request`` inside ``asyncio.to_thread``, without retrying.
 
-*send* in a thread (and *receive*, if the answer comes at once), *wait* in the event loop, so that no thread waits for
-the network's answer, and *receive* in a thread.
-
-What blocks lives in ``connections``, which the first request imports, in its thread. Nothing here retries.
+*send* in a thread, *wait* in the event loop, so that no thread waits for the network, and *receive* in a thread. What
+blocks lives in ``connections``, which the first request imports, in its thread.
 """
 
 from __future__ import annotations
@@ -26,9 +24,9 @@ if TYPE_CHECKING:
 __version__ = "1.0.0"  # of the package; the User-Agent tells it
 
 SLOTS = 64  # requests in flight per event loop, and so sockets
-UNWIND = 1.0  # s for a thread to notice that its request was cut off; a name lookup alone never does
+UNWIND = 1.0  # s for a thread to notice that it was cut off; a name lookup never does
 SLOW_THREAD = 1.0  # s of waiting for a thread from which a failure mentions it
-SHORTEST_SECRET = 4  # characters of a token that was cut short from which they are hidden
+SHORTEST_SECRET = 4  # characters of a token from which it is hidden even cut short
 USER_AGENT = f"zamp-sdk/{__version__} Python/{sys.version_info[0]}.{sys.version_info[1]} {sys.platform}"
 
 logger: logging.Logger = logging.getLogger("zamp_sdk")
@@ -36,7 +34,7 @@ _slots: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKe
 
 
 def redacted(value: Any, token: str) -> Any:
-    """Take the token out of a value that a peer may have echoed it into, as JSON writes it or cut short, too."""
+    """Take the token out of what a peer may have echoed it into, also cut short or as JSON writes it."""
     if isinstance(value, dict):
         return {redacted(name, token): redacted(item, token) for name, item in value.items()}
     if isinstance(value, list):
@@ -51,7 +49,7 @@ def redacted(value: Any, token: str) -> Any:
 
 
 async def send(config: SdkConfig, request: Request, timeout: float) -> Answer:
-    """Send a request and return what became of it within ``timeout`` seconds; waiting for a slot does not count."""
+    """Send a request; ``timeout`` is in seconds, and waiting for a slot does not count."""
     loop = asyncio.get_running_loop()
     slots = _slots.get(loop)
     if slots is None:
@@ -109,7 +107,7 @@ class _Call:
         return answer
 
     async def _in_thread(self) -> Answer | None:
-        """Run a phase in a thread, but not beyond the deadline: then its socket is shut down under it."""
+        """Run a phase in a thread; at the deadline its socket is shut down under it."""
         self.queued_since = time.monotonic()
         thread = self.loop.create_task(asyncio.to_thread(self._advance))
         thread.add_done_callback(self._wake)

@@ -1,13 +1,10 @@
 """The life of an action as plain data: what to send next, how long to wait, when to stop. Pure.
 
-Each function is a generator. It yields *steps* (``Send``, ``Sleep``), is sent what became of each ``Send``
-(a ``Reply`` or a ``Failure``), and returns what was asked for or raises one of our errors. It owns no socket,
-no clock and no randomness: ``clock`` (monotonic seconds) and ``jitter`` (0 to 1) are arguments.
-
-The two rules that decide everything here:
+A generator yields *steps* (``Send``, ``Sleep``), is sent what became of each ``Send`` (a ``Reply`` or a ``Failure``),
+and returns what was asked for or raises. ``clock`` (monotonic seconds) and ``jitter`` (0 to 1) are arguments.
 
 - The POST is sent again only if the action provably cannot exist: nothing was sent, or the platform refused it.
-- A poll is sent again after whatever may pass, for an action goes on running while nobody can ask for it.
+- A poll is sent again after whatever may pass, for an action goes on while nobody can ask for it.
 """
 
 from __future__ import annotations
@@ -36,14 +33,14 @@ MINIMUM_WAIT_LIMIT = 3600.0  # s
 
 
 class Send(NamedTuple):
-    """Send this request, and answer with what became of it within ``timeout`` seconds."""
+    """Send this request, within ``timeout`` seconds."""
 
     request: Request
     timeout: float = REQUEST_TIMEOUT
 
 
 class Sleep(NamedTuple):
-    """Wait this many seconds; ``failure`` says which failure makes it necessary, if one does."""
+    """Wait this many seconds; ``failure`` says why, if one is the reason."""
 
     seconds: float
     failure: str | None = None
@@ -55,7 +52,7 @@ Jitter = Callable[[], float]
 
 
 def start(request: Request, *, clock: Clock, jitter: Jitter) -> Steps:
-    """Start an action, and return the platform's reply, which has an id; or raise an HttpClientError."""
+    """Start an action, and return the platform's reply, which has an id."""
     began = clock()
     for attempt in itertools.count(1):
         answer: Answer = yield Send(request)
@@ -86,7 +83,7 @@ def follow(
     started_at: float | None,
     limit: float,
 ) -> Steps:
-    """Poll an action until it ends, and return the reply that says so; or raise.
+    """Poll an action until it ends, and return the reply that says so.
 
     ``started_at`` is by ``clock``, None if the action was started elsewhere; ``limit`` is in seconds, and may be inf.
     """
@@ -110,12 +107,12 @@ def follow(
                 wait = min(max(told_to_wait, POLL_MIN), POLL_MAX)
             else:
                 interval = poll_interval(now - began if age is None else age, jitter())
-                # From one sending to the next; but a platform that is slow to answer is left half of it in peace.
+                # From one sending to the next; but a slow platform is left half of it in peace.
                 wait = max(interval - (now - asked), interval / 2)
         else:
             error = _poll_error(action_id, answer, problem)
             if failures == 0:
-                failing_since = asked  # not since the last good reply: a process may have been frozen since
+                failing_since = asked  # not the last good reply's time: a process may freeze
             if not may_pass or now - failing_since >= POLL_FAILURE_WINDOW:
                 raise error
             failures += 1
@@ -129,7 +126,7 @@ def follow(
 
 
 def look(action_id: str) -> Steps:
-    """Ask once how an action stands, and return the reply; or raise an HttpClientError."""
+    """Ask once how an action stands."""
     answer: Answer = yield Send(wire.poll_request(action_id))
     reply, problem, _ = _read_poll(answer, None)
     if reply is None:
@@ -165,7 +162,7 @@ def wait_limit(policy: RetryPolicy | None, start_to_close_timeout: timedelta | N
     waits = policy.maximum_attempts - 1
     interval, longest = policy.initial_interval.total_seconds(), policy.maximum_interval.total_seconds()
     total = 0.0
-    for _ in range(min(waits, 10_000)):  # a policy of millions of attempts need not be added up one by one
+    for _ in range(min(waits, 10_000)):  # millions of attempts need no adding up
         if interval >= longest:
             break
         total += interval
@@ -191,7 +188,7 @@ def _is_success(reply: Reply) -> bool:
 
 
 def _accepted(answer: Reply) -> ActionReply:
-    """Take the id out of a successful start; without one, nobody knows whether the action exists."""
+    """Take the id out of a successful start."""
     action_id = problem = None
     try:
         reply = wire.parse_action(answer.body)
@@ -274,12 +271,12 @@ def _http_error(
     )
 
 
-def _doubt(may_have_started: bool) -> str:  # noqa: FBT001  # named after what it is at every call
+def _doubt(may_have_started: bool) -> str:
     return "; the action may have started all the same, so it was not sent again" if may_have_started else ""
 
 
 def timeout_error(action_id: str, status: str, waited: float) -> ActionTimeoutError:
-    """Make the error that says that the wait is over, and that the action is not."""
+    """The error that says that the wait is over, and that the action is not."""
     message = (
         f"action {action_id} had not ended after {waited:.1f} s; it goes on, "
         f"and ActionExecutor.get_handle({action_id!r}) can go on waiting"

@@ -38,19 +38,19 @@ class Lifeline:
             self._held, self._resting = sock, False
 
     def rest(self) -> bool:
-        """In the thread, when it leaves the connection to the loop; if False, it was cut off and must clean up."""
+        """In the thread, when it leaves the connection to the loop; if False, it must clean up."""
         with self._lock:
             self._held, self._resting = None, not self.is_cut
             return self._resting
 
     def finish(self) -> bool:
-        """In the thread, when it is done and cleans up itself, whatever the loop does now; False if it was cut off."""
+        """In the thread, when it is done and cleans up itself; False if it was cut off."""
         with self._lock:
             self._held, self._resting = None, False
             return not self.is_cut
 
     def cut(self) -> bool:
-        """In the loop: wake the thread, now or when it next blocks; if True, it is at rest and the loop cleans up."""
+        """In the loop: wake the thread, now or when it next blocks; if True, the loop cleans up."""
         with self._lock:
             self.is_cut = True
             if self._held is not None:

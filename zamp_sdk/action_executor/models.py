@@ -1,4 +1,4 @@
-"""The values a caller hands in or gets back: RetryPolicy, SdkConfig, ActionStatus. No I/O, no wire format.
+"""The values a caller hands in or gets back: RetryPolicy, SdkConfig, ActionStatus.
 
 Everything is validated on construction, so that whatever holds one of these may trust it.
 """
@@ -104,7 +104,7 @@ class SdkConfig:
 
     @classmethod
     def resolve(cls, base_url: str | None, auth_token: str | None) -> SdkConfig:
-        """Take each value from its argument, or else the environment; empty is missing: MissingConfigError."""
+        """Take each value from its argument, or else the environment."""
         return cls(_given("base_url", base_url, "ZAMP_BASE_URL"), _given("auth_token", auth_token, "ZAMP_AUTH_TOKEN"))
 
 
@@ -120,7 +120,7 @@ def _given(argument: str, value: str | None, variable: str) -> str:
 
 @functools.lru_cache(maxsize=8)
 def _normalize_base_url(url: str) -> str:
-    """Refuse what could send the token astray, quoting nothing that may be a secret."""
+    """Refuse what could send the token astray."""
     # Imported here because `import zamp_sdk` alone has no use for it.
     from urllib.parse import quote, urlsplit
 
@@ -137,7 +137,7 @@ def _normalize_base_url(url: str) -> str:
         raise ValueError("base_url must not contain a user name, a password or a backslash; the token is auth_token")
     if "?" in url or "#" in url:
         raise ValueError("base_url must not have a query or a fragment")
-    # Some Pythons take more for a port than digits, and anything for an address in brackets.
+    # Some Pythons take more than digits for a port, and anything in brackets.
     if not re.fullmatch(r"(\[[0-9a-fA-F:.]+(%[\w.-]+)?\]|[^][:]+)(:[0-9]+)?", parts.netloc) or port == 0:
         raise ValueError("base_url must name a host, and a port from 1 to 65535 if any")
     host = parts.hostname or ""

@@ -1,8 +1,6 @@
-"""The wire format, and nothing else: Python values to a request's bytes, a reply's bytes to values.
+"""The wire format: Python values to a request's bytes, a reply's bytes to values. Pure.
 
-Pure: no socket, no clock, no retrying. What cannot be sent is refused here, naming its place
-(``params.items[3].due``), so that bad input never reaches the network.
-
+- What cannot be sent is refused here, naming its place (``params.items[3].due``).
 - A request's path is relative to the base URL, and an action's id is always one path segment.
 - A reply is an object, bare or inside ``{"data": {...}, "error": null}``.
 - ``error`` beside a ``status`` belongs to the action; ``error`` without one belongs to the request.
@@ -22,7 +20,7 @@ from .models import RetryPolicy
 
 
 class Request(NamedTuple):
-    """What to send; the transport adds the base URL, the token and the headers that every request has."""
+    """What to send; the transport adds the base URL, the token and the usual headers."""
 
     method: str
     path: str
@@ -45,7 +43,7 @@ class Failure(NamedTuple):
     sent: bool
     """Whether a byte of the request itself may have left."""
     retryable: bool
-    """Whether the same request may fare better later; an untrusted certificate will not."""
+    """Whether the same request may fare better later."""
     cause: Exception | None = None
 
 
@@ -53,7 +51,7 @@ Answer = Union[Reply, Failure]
 
 
 class ActionReply(NamedTuple):
-    """What a reply says about an action; a part it does not have is ``None``."""
+    """What a reply says about an action."""
 
     id: str | None
     status: str | None
@@ -70,7 +68,7 @@ def start_request(
     start_to_close_timeout: timedelta | None,
     idempotency_key: str,
 ) -> Request:
-    """Build the POST that starts an action; a TypeError or ValueError names the place of what cannot be sent."""
+    """Build the POST that starts an action."""
     _check_type("action_name", action_name, str, "text")
     if not action_name.strip():
         raise ValueError("action_name must not be empty")
@@ -95,7 +93,7 @@ def start_request(
 
 
 def poll_request(action_id: str) -> Request:
-    """Build the GET that asks for an action; the id is percent-encoded whole, so it can never become a path."""
+    """Build the GET that asks for an action; the id, percent-encoded whole, can never become a path."""
     from urllib.parse import quote  # not needed to import zamp_sdk, and not cheap
 
     return Request("GET", f"/actions/{quote(action_id, safe='')}")
@@ -125,8 +123,8 @@ def _plain(value: Any, place: str) -> Any:
         raise ValueError(f"{place}: nested too deeply to send as JSON") from None
 
 
-def _to_json_value(value: Any, place: str, parents: frozenset[int]) -> Any:  # noqa: C901, PLR0912  # one case a line
-    """Convert what people pass to what json can write; ``place`` is the way here from the argument."""
+def _to_json_value(value: Any, place: str, parents: frozenset[int]) -> Any:
+    """Convert what people pass to what json can write."""
     if isinstance(value, Enum):
         return _to_json_value(value.value, place, parents)
     if value is None or isinstance(value, int):
@@ -176,7 +174,7 @@ def _to_json_object(mapping: Mapping[Any, Any], place: str, parents: frozenset[i
 
 
 def _model_dump(model: Any) -> Any:
-    """Ask for JSON mode (pydantic's custom serialisers need it) where the method can be asked."""
+    """Ask for JSON mode, which pydantic's custom serialisers need, where the method can be asked."""
     try:
         inspect.signature(model.model_dump).bind(mode="json")
     except (TypeError, ValueError):  # ValueError: a builtin that tells nothing of its parameters
@@ -185,7 +183,6 @@ def _model_dump(model: Any) -> Any:
 
 
 def _is_text_like(value: Any) -> bool:
-    # Imported here: few callers send these, and neither module is cheap.
     from decimal import Decimal
     from uuid import UUID
 
@@ -234,9 +231,7 @@ def parse_action(body: bytes) -> ActionReply:
     """Read what a successful reply says about an action; a ValueError if it is not a JSON object."""
     value = _load(body)
     if not isinstance(value, dict):
-        raise ValueError(  # noqa: TRY004  # one kind of error for one kind of trouble
-            f"not a JSON object: {excerpt(body)}"
-        )
+        raise ValueError(f"not a JSON object: {excerpt(body)}")
     error = value.get("error")
     if "data" in value and "id" not in value and "status" not in value:
         value = value["data"] if isinstance(value["data"], dict) else {}
@@ -250,7 +245,7 @@ def parse_action(body: bytes) -> ActionReply:
 
 
 def reason(error: Any) -> str:
-    """Say an ``error`` in words: text, an object's ``message``, or else the JSON itself."""
+    """Say an ``error`` in words."""
     if isinstance(error, Mapping) and isinstance(error.get("message"), str):
         error = error["message"]
     if error is None or error == "":
@@ -259,7 +254,7 @@ def reason(error: Any) -> str:
 
 
 def refusal_reason(body: bytes) -> str:
-    """Say why a request was refused: the ``error``, ``detail`` or ``message`` of a JSON body, or else how it begins."""
+    """Say why a request was refused, as its body has it."""
     value = None
     with contextlib.suppress(ValueError):
         value = _load(body)
@@ -271,7 +266,7 @@ def refusal_reason(body: bytes) -> str:
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """The seconds that ``Retry-After`` asks for (RFC 9110, 10.2.3); a date counts from the reply's own ``Date``."""
+    """The seconds that ``Retry-After`` asks for (RFC 9110, 10.2.3), if it does."""
     text = headers.get("retry-after", "").strip()
     if not text:
         return None
