@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -174,6 +175,7 @@ def test_unknown_id(platform: LocalPlatform, run: Run) -> None:
     code, _, err = run("result", "act-unknown")
     assert code == 3
     assert "HTTP 404" in err
+    assert "goes on" not in err
 
 
 @pytest.mark.parametrize("command", ["execute", "start", "status", "result", "serve", "demo"])
@@ -236,6 +238,28 @@ def test_interrupted_wait(platform: LocalPlatform) -> None:
         out, err = process.communicate(timeout=20)
     assert (process.returncode, out) == (130, "")
     assert re.search(r"Action (act\S+) goes on. To collect its result: python -m zamp_sdk result \1\n$", err)
+
+
+def test_the_command_that_collects_has_the_options_of_the_one_that_started(
+    platform: LocalPlatform, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is printed to collect a result later works as it is, with the same platform and the same token file."""
+    file = tmp_path / "my token"
+    file.write_text(platform.auth_token)
+    monkeypatch.delenv("ZAMP_AUTH_TOKEN")
+    target = ("--base-url", platform.base_url, "--auth-token-file", str(file))
+    code, _, err = run("execute", "wait", "0.5", "--timeout", "100ms", *target)
+    assert code == 4
+    command = shlex.split(err.rpartition("python -m zamp_sdk ")[2])
+    assert command[2:] == list(target)
+    assert run(*command)[0] == 0
+
+
+def test_an_error_that_cannot_be_told_keeps_its_exit_code(platform: LocalPlatform) -> None:
+    """A full stderr does not turn a failed request into a failed action."""
+    words = [sys.executable, "-m", "zamp_sdk", "result", "act_nope"]
+    with Path("/dev/full").open("w") as full:
+        assert subprocess.run(words, stderr=full, check=False, timeout=30).returncode == 3
 
 
 @pytest.mark.parametrize(

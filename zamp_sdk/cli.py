@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import importlib
 import io
 import itertools
@@ -11,6 +12,8 @@ import json
 import logging
 import os
 import re
+import shlex
+import shutil
 import sys
 import time
 from datetime import timedelta
@@ -29,7 +32,7 @@ UNITS = {"ms": 0.001, "": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}  # s
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code."""
-    for name in ("stdin", "stdout", "stderr"):  # None if it was closed when the process began
+    for name in ("stdin", "stdout", "stderr"):  # None if it is closed
         setattr(sys, name, getattr(sys, name) or io.StringIO())
     logging.basicConfig(format="zamp-sdk: %(message)s")
     try:
@@ -42,8 +45,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ZampError, ValueError, TypeError, OSError, RuntimeError) as exc:
         _tell(f"zamp-sdk: {exc}")
-        if isinstance(exc, (HttpClientError, ActionTimeoutError)) and exc.action_id:
-            _tell_how_to_collect(exc.action_id)
+        is_known = getattr(exc, "status_code", None) != 404
+        if isinstance(exc, (HttpClientError, ActionTimeoutError)) and exc.action_id and is_known:
+            _tell_how_to_collect(exc.action_id, arguments)
         return EXIT_CODES.get(type(exc), 2)
     return 0
 
@@ -92,7 +96,7 @@ def _parser() -> argparse.ArgumentParser:
         add("--timeout", help="how long to wait: 30, 500ms, 10m, 1h", **duration)
     for add in (execute, start, status, result):
         add("--base-url", metavar="URL", help="the platform (default: ZAMP_BASE_URL)")
-        add("--auth-token-file", metavar="FILE", type=_token, help="where the token is (default: ZAMP_AUTH_TOKEN)")
+        add("--auth-token-file", metavar="FILE", help="where the token is (default: ZAMP_AUTH_TOKEN)")
     serve("platform", metavar="MODULE:NAME", nargs="?", default=f"{__name__}:demo", help="yours (default: the demo's)")
     return parser
 
@@ -112,14 +116,14 @@ def _params(text: str) -> Any:
         elif text.startswith("@"):
             source, text = text[1:], Path(text[1:]).read_text(encoding="utf-8")
         return json.loads(text)
-    except (ValueError, RecursionError) as exc:  # what is not in UTF-8 is a ValueError too
+    except (ValueError, RecursionError) as exc:  # the first also for what is not UTF-8
         raise argparse.ArgumentTypeError(f"{source} is not JSON: {exc}") from None
 
 
 def _token(file: str) -> str:
-    token = Path(file).read_text(encoding="latin-1").strip()  # what is not ASCII, the SDK refuses
+    token = Path(file).read_text(encoding="latin-1").strip()
     if not token:
-        raise argparse.ArgumentTypeError(f"{file} holds no token")
+        raise ValueError(f"{file} holds no token")
     return token
 
 
@@ -131,7 +135,8 @@ def _policy(arguments: argparse.Namespace) -> RetryPolicy | None:
 
 async def _handle(arguments: argparse.Namespace) -> ActionHandle[Any]:
     """Start the action, or take the one that has the id."""
-    target = {"base_url": arguments.base_url, "auth_token": arguments.auth_token_file}
+    token = None if arguments.auth_token_file is None else _token(arguments.auth_token_file)
+    target = {"base_url": arguments.base_url, "auth_token": token}
     if "id" in arguments:
         return ActionExecutor.get_handle(arguments.id, **target)
     try:
@@ -157,7 +162,7 @@ async def _print_status(arguments: argparse.Namespace) -> None:
 
 
 async def _print_result(arguments: argparse.Namespace) -> None:
-    """Wait for the result, with a progress line if somebody watches, and print it."""
+    """Wait for the result, with a progress line on a terminal, and print it."""
     handle = await _handle(arguments)
     status = "RUNNING"
     next_poll = began = time.monotonic()
@@ -165,19 +170,21 @@ async def _print_result(arguments: argparse.Namespace) -> None:
     def observe(step: Send | Sleep) -> None:
         nonlocal status, next_poll
         if isinstance(step, Sleep):
-            status, next_poll = step.failure or "RUNNING", time.monotonic() + step.seconds
+            status = (step.failure or "RUNNING").replace(f"asking for action {handle.id}: ", "")
+            next_poll = time.monotonic() + step.seconds
 
     async def show_progress() -> None:
         while True:
             await asyncio.sleep(0.1)
             now = time.monotonic()
-            _draw(f"{status[:60]}  {now - began:.1f} s, next poll in {max(0, next_poll - now):.1f} s")
+            times = f"  {now - began:.1f} s, next poll in {max(0, next_poll - now):.1f} s"
+            _draw(status[: shutil.get_terminal_size().columns - len(times) - 1] + times)
 
     progress = asyncio.ensure_future(show_progress())
     try:
         result = await handle._wait(arguments.timeout, observe)
     except INTERRUPTED:
-        _tell_how_to_collect(handle.id)
+        _tell_how_to_collect(handle.id, arguments)
         raise
     finally:
         progress.cancel()
@@ -192,12 +199,17 @@ def _draw(line: str) -> None:
 
 
 def _tell(text: str) -> None:
-    _draw("")
-    print(text, file=sys.stderr)
+    with contextlib.suppress(OSError):
+        _draw("")
+        print("".join(char if char.isprintable() else " " for char in text), file=sys.stderr)
 
 
-def _tell_how_to_collect(action_id: str) -> None:
-    _tell(f"Action {action_id} goes on. To collect its result: python -m {__package__} result {action_id}")
+def _tell_how_to_collect(action_id: str, arguments: argparse.Namespace) -> None:
+    command = ["python", "-m", __package__, "result", action_id]
+    for option in ("base_url", "auth_token_file"):
+        if vars(arguments)[option]:
+            command += [f"--{option.replace('_', '-')}", vars(arguments)[option]]
+    _tell(f"Action {action_id} goes on. To collect its result: {shlex.join(command)}")
 
 
 def _print_json(value: Any) -> None:
@@ -231,14 +243,12 @@ attempts = itertools.count(1)
 
 @demo.action
 async def send_invoice(params: Any) -> Any:
-    """Take a moment."""
     await asyncio.sleep(0.3)
     return {"sent": True, **params}
 
 
 @demo.action
 def fetch_report(_: Any) -> Any:
-    """Succeed on the third attempt."""
     if next(attempts) % 3:
         raise ConnectionError("the archive is busy")
     return {"pages": 12, "attempts": 3}
@@ -246,7 +256,6 @@ def fetch_report(_: Any) -> Any:
 
 @demo.action
 def charge_card(_: Any) -> Any:
-    """Fail."""
     raise ValueError("the card has expired")
 
 

@@ -28,8 +28,8 @@ class HttpClientError(ZampError):
         response_body: its text.
         headers: The reply's headers, their names in lower case.
         action_id: The action; ``None`` while the platform has not given it an id.
-        may_have_started: Whether the action may exist on the platform although its start failed.
-            Where it is ``False`` and there is no ``action_id``, starting it again cannot run it twice.
+        may_have_started: Whether the action may exist although its start failed. Where it is ``False`` and there is
+            no ``action_id``, starting it again cannot run it twice.
     """
 
     def __init__(

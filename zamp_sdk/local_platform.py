@@ -54,7 +54,7 @@ class LocalPlatform:
         self._time_scale = time_scale
         self._port = port
         self._functions: dict[str, _Function] = {}
-        self._requests: list[RecordedRequest] = []  # this and the next three are shared by threads: atomic methods only
+        self._requests: list[RecordedRequest] = []  # shared by threads, as the next three: atomic methods only
         self._faults: list[Exception] = []
         self._ids: dict[str, str] = {}  # by idempotency key
         self._outcomes: dict[str, _Object] = {}  # by id
@@ -120,7 +120,7 @@ class LocalPlatform:
             server.answer = self._answer
             # -X dev would report slow callbacks, which are the users'.
             self._run_in_thread(lambda: asyncio.run(self._main(server), debug=False))
-            atexit.register(self.stop)  # Python 3.9 can crash on exit where daemon threads are busy
+            atexit.register(self.stop)  # Python 3.9 can crash where daemon threads are busy
 
     def stop(self) -> None:
         """Stop listening, forget planned faults, cancel coroutines, and wait up to 5 s for functions to return."""
@@ -129,7 +129,7 @@ class LocalPlatform:
                 self._server.shutdown()
             self._server = None
             deadline = time.monotonic() + _STOP_SECONDS
-            for thread in self._threads:  # this grows until the first of them, the event loop's, has ended
+            for thread in self._threads:  # it grows until the first, the event loop's, has ended
                 thread.join(max(0.0, deadline - time.monotonic()))
                 if thread.is_alive():
                     logging.getLogger("zamp_sdk").warning("a function that does not return was left behind")
@@ -165,7 +165,7 @@ class LocalPlatform:
         if name not in self._functions:
             raise _RefusedError(404, f"unknown action {name!r}; registered: {', '.join(self.action_names) or 'none'}")
         new_id = f"act_{os.urandom(8).hex()}"
-        self._outcomes[new_id] = {"status": "RUNNING"}  # before another start with the same key is told the id
+        self._outcomes[new_id] = {"status": "RUNNING"}  # before others are told the id
         action_id = self._ids.setdefault(key or new_id, new_id)
         if action_id == new_id:
             asyncio.run_coroutine_threadsafe(self._execute(action_id, self._functions[name], start), self._loop)
@@ -217,7 +217,7 @@ class _RefusedError(Exception):
     """An error to answer with: its status, its message, and lines for the reply's header."""
 
 
-class _Server(ThreadingTCPServer):  # an HTTPServer would look up this machine's name, which can take seconds
+class _Server(ThreadingTCPServer):  # an HTTPServer would look up this machine's name
     allow_reuse_address = True
     request_queue_size = 128
     answer: Callable[[RecordedRequest], _Object]
@@ -227,12 +227,12 @@ class _Server(ThreadingTCPServer):  # an HTTPServer would look up this machine's
             self.serve_forever(poll_interval=0.02)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        if not isinstance(sys.exc_info()[1], OSError):  # that is a connection that was lost or dropped
+        if not isinstance(sys.exc_info()[1], OSError):  # a connection was lost or dropped
             super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
-    timeout = 2  # for each read and write: a client that is silent for longer is dropped
+    timeout = 2  # s for each read and write
     server: _Server
 
     def _serve(self) -> None:
@@ -283,7 +283,7 @@ def _failure(status: str, error: BaseException) -> _Object:
     return {"status": status, "error": {"message": str(error) or kind, "type": kind}}
 
 
-# Days, hours, minutes and seconds of an ISO 8601 duration; longer units have no fixed length.
+# Days, hours, minutes and seconds (ISO 8601); longer units have no fixed length.
 _DURATION = re.compile(r"P(?=.)(?:([0-9]+)D)?(?:T(?=.)(?:([0-9]+)H)?(?:([0-9]+)M)?(?:([0-9]+(?:\.[0-9]+)?)S)?)?")
 
 

@@ -194,7 +194,6 @@ class _Stream(io.RawIOBase):
 
 
 def _with_globals(function: Any, **replacements: Any) -> Any:
-    """Copy a function, with these in the place of its module's."""
     names = {**function.__globals__, **replacements}
     copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
@@ -220,7 +219,7 @@ def _parse_headers(fp: io.BufferedReader, **_options: Any) -> http.client.HTTPMe
 
 
 class _Response(http.client.HTTPResponse):
-    """It skips informational replies (RFC 9110, 15.2), of which http.client knows but 100."""
+    """It skips all informational replies (RFC 9110, 15.2), not only 100."""
 
     def _read_status(self) -> tuple[str, int, str]:
         while True:
@@ -259,7 +258,7 @@ class _Pool:
         return None
 
     def add(self, connection: _Connection) -> None:
-        """Count a new connection as leased, making room for it."""
+        """Lease a new connection, making room for it."""
         with self._lock:
             while self._idle and len(self._idle) + len(self._leased) >= MAX_SOCKETS:
                 self._idle.pop(0).close()
@@ -278,7 +277,7 @@ class _Pool:
                 connection.close()
 
     def tls_context(self) -> ssl.SSLContext:
-        """The one context: making it costs 20 ms."""
+        """The one context, for it costs 20 ms."""
         with self._lock:
             if self._context is None:
                 self._context = ssl.create_default_context()

@@ -17,7 +17,7 @@ from . import http_client, lifecycle, wire
 from .models import ActionStatus, RetryPolicy, SdkConfig
 
 T = TypeVar("T")
-LONG_RETRY = 5.0  # s of waiting after a failure from which it is worth a warning
+LONG_RETRY = 5.0  # s of waiting from which a failure is worth a warning
 GRACE = 2.0  # s beyond a caller's timeout for a poll under way
 INTERRUPTED = (asyncio.CancelledError, KeyboardInterrupt)  # up to Python 3.10 Ctrl-C can be either inside a task
 Observer = Callable[["lifecycle.Send | lifecycle.Sleep"], None]
@@ -65,8 +65,8 @@ class ActionHandle(Generic[T]):
         """Wait until the action ends and return its result; may be called again and again.
 
         Args:
-            timeout: How long to wait; a poll that is under way then gets up to two seconds more. The default is until
-                the platform must have ended an action started here (at least an hour); else there is no limit.
+            timeout: How long to wait; a poll under way then gets up to 2 s more. The default is until the platform must
+                have ended an action started here, at least an hour; else there is no limit.
 
         Raises:
             ActionFailedError: The action ended without a result.
@@ -181,8 +181,7 @@ class ActionExecutor:
             The action's result.
 
         Raises:
-            MissingConfigError: There is no base URL or no token.
-            TypeError, ValueError: An argument cannot be used; nothing was sent.
+            MissingConfigError, TypeError, ValueError: An argument is missing or cannot be used; nothing was sent.
             HttpClientError: A request failed; it tells whether the action runs.
             ActionFailedError, ActionTimeoutError: As for ``ActionHandle.result``.
         """

@@ -25,7 +25,7 @@ __version__ = "1.0.0"  # of the package; the User-Agent tells it
 
 SLOTS = 64  # requests in flight per event loop, and so sockets
 UNWIND = 1.0  # s for a thread to notice that it was cut off; a name lookup never does
-SLOW_THREAD = 1.0  # s of waiting for a thread from which a failure mentions it
+SLOW_THREAD = 1.0  # s of waiting for a thread that a failure mentions
 SHORTEST_SECRET = 4  # characters of a token from which it is hidden even cut short
 USER_AGENT = f"zamp-sdk/{__version__} Python/{sys.version_info[0]}.{sys.version_info[1]} {sys.platform}"
 

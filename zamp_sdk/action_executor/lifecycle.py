@@ -153,8 +153,7 @@ def outcome(action_id: str, reply: ActionReply) -> Any:
 def wait_limit(policy: RetryPolicy | None, start_to_close_timeout: timedelta | None) -> float:
     """Seconds after which the platform must have ended the action by itself, and at least an hour.
 
-    N attempts of the start-to-close timeout and the policy's waits between them. A policy that is not given
-    counts as the default one; no limit of attempts means no limit of the wait.
+    N attempts of the start-to-close timeout and the policy's, or the default policy's, waits between them.
     """
     policy = policy or RetryPolicy.default()
     if policy.maximum_attempts == 0:

@@ -13,7 +13,7 @@ PATIENCE = 0.002  # s that a thread waits for its socket before it leaves the wa
 class Lifeline:
     """Shutting a socket down wakes whatever blocks on it; closing it never does.
 
-    The lock makes sure that exactly one side, the thread or the loop, cleans up after a request that was cut off.
+    The lock sees to it that one side, the thread or the loop, cleans up after a request that was cut off.
     """
 
     def __init__(self, deadline: float) -> None:

@@ -83,13 +83,13 @@ class SdkConfig:
 
     Raises:
         TypeError: A field is not text.
-        ValueError: ``base_url`` or ``auth_token`` cannot be used; the message never quotes the token.
+        ValueError: A field cannot be used; the token is not quoted.
     """
 
     base_url: str
-    """An http or https URL with an optional path; kept without a trailing slash, its host in ASCII (IDNA)."""
+    """An http or https URL, with a path if it has one; kept without a trailing slash."""
     auth_token: str = field(repr=False)
-    """The bearer token: printable ASCII without white space (RFC 6750); white space around it is stripped."""
+    """The bearer token: printable ASCII without white space (RFC 6750); stripped."""
 
     def __post_init__(self) -> None:
         for name in ("base_url", "auth_token"):
