@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import importlib
 import io
 import itertools
@@ -41,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read stdout has had enough
+    except BrokenPipeError:  # nobody reads on
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ZampError, ValueError, TypeError, OSError, RuntimeError) as exc:
         _tell(f"zamp-sdk: {exc}")
@@ -199,9 +198,11 @@ def _draw(line: str) -> None:
 
 
 def _tell(text: str) -> None:
-    with contextlib.suppress(OSError):
+    try:
         _draw("")
-        print("".join(char if char.isprintable() else " " for char in text), file=sys.stderr)
+        print("".join(char if char.isprintable() else " " for char in text), file=sys.stderr, flush=True)
+    except OSError:  # the exit code counts
+        sys.stderr = io.StringIO()
 
 
 def _tell_how_to_collect(action_id: str, arguments: argparse.Namespace) -> None:

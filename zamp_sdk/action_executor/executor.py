@@ -19,7 +19,7 @@ from .models import ActionStatus, RetryPolicy, SdkConfig
 T = TypeVar("T")
 LONG_RETRY = 5.0  # s of waiting from which a failure is worth a warning
 GRACE = 2.0  # s beyond a caller's timeout for a poll under way
-INTERRUPTED = (asyncio.CancelledError, KeyboardInterrupt)  # up to Python 3.10 Ctrl-C can be either inside a task
+INTERRUPTED = (asyncio.CancelledError, KeyboardInterrupt)  # to Python 3.10 Ctrl-C is either in a task
 Observer = Callable[["lifecycle.Send | lifecycle.Sleep"], None]
 
 logger: logging.Logger = logging.getLogger("zamp_sdk")

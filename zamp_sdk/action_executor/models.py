@@ -18,7 +18,7 @@ from ..errors import MissingConfigError
 
 
 class ActionStatus(str, Enum):
-    """Where an action stands; every status but ``RUNNING`` is final."""
+    """Where an action stands; all but ``RUNNING`` are final."""
 
     RUNNING = "RUNNING"
     COMPLETED = "COMPLETED"

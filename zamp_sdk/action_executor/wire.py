@@ -100,7 +100,7 @@ def poll_request(action_id: str) -> Request:
 
 
 def check_action_id(action_id: str) -> None:
-    """Refuse an id that no platform gives: empty, or with white space, a control character or a part of a URL."""
+    """Refuse an id that no platform gives: empty, or with white space or a part of a URL."""
     _check_type("action_id", action_id, str, "text")
     if not _is_id(action_id) or any(char in "/\\?#%" or char.isspace() or not char.isprintable() for char in action_id):
         raise ValueError(f"not an action id: {action_id!r}")
