@@ -25,8 +25,8 @@ from .action_executor.lifecycle import Send, Sleep
 from .errors import ActionFailedError, ActionTimeoutError, HttpClientError, ZampError
 from .local_platform import LocalPlatform
 
-EXIT_CODES = {ActionFailedError: 1, HttpClientError: 3, ActionTimeoutError: 4}  # else 2
-UNITS = {"ms": 0.001, "": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}  # s
+EXIT_CODES: dict[type, int] = {ActionFailedError: 1, HttpClientError: 3, ActionTimeoutError: 4}  # else 2
+UNITS: dict[str, float] = {"ms": 0.001, "": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}  # s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -238,8 +238,8 @@ async def _serve(arguments: argparse.Namespace) -> None:
         await asyncio.Event().wait()
 
 
-demo = LocalPlatform(time_scale=0.01)
-attempts = itertools.count(1)
+demo: LocalPlatform = LocalPlatform(time_scale=0.01)
+_attempts = itertools.count(1)
 
 
 @demo.action
@@ -250,7 +250,7 @@ async def send_invoice(params: Any) -> Any:
 
 @demo.action
 def fetch_report(_: Any) -> Any:
-    if next(attempts) % 3:
+    if next(_attempts) % 3:
         raise ConnectionError("the archive is busy")
     return {"pages": 12, "attempts": 3}
 
