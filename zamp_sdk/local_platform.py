@@ -118,8 +118,9 @@ class LocalPlatform:
                 memory.clear()
             self._server = server = _Server(("127.0.0.1", self._port), _Handler)
             server.answer = self._answer
-            # -X dev would report slow callbacks, which are the users'.
-            self._run_in_thread(lambda: asyncio.run(self._main(server), debug=False))
+            serving: Future[None] = Future()  # from Python 3.12 on an ending program starts no thread
+            self._run_in_thread(lambda: asyncio.run(self._main(server, serving), debug=False))
+            serving.result()
             atexit.register(self.stop)  # Python 3.9 can crash where daemon threads are busy
 
     def stop(self) -> None:
@@ -171,9 +172,11 @@ class LocalPlatform:
             asyncio.run_coroutine_threadsafe(self._execute(action_id, self._functions[name], start), self._loop)
         return action_id
 
-    async def _main(self, server: _Server) -> None:
+    async def _main(self, server: _Server, serving: Future[None]) -> None:
         self._loop = asyncio.get_running_loop()
-        await asyncio.wrap_future(self._run_in_thread(server.serve))
+        end = self._run_in_thread(server.serve)
+        serving.set_result(None)
+        await asyncio.wrap_future(end)
         # Then asyncio.run cancels all tasks, and so the actions.
 
     async def _execute(self, action_id: str, function: _Function, start: _Object) -> None:
@@ -232,7 +235,7 @@ class _Server(ThreadingTCPServer):  # an HTTPServer would look up this machine's
 
 
 class _Handler(BaseHTTPRequestHandler):
-    timeout = 2  # s for each read and write
+    timeout = 2
     server: _Server
 
     def _serve(self) -> None:
