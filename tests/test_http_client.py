@@ -296,36 +296,33 @@ async def test_waiting_for_a_slot_is_not_part_of_a_requests_time(pace: Pace, mon
         assert (server.count("POST"), server.connections) == (5, 1)
 
 
+async def hang(server: Server, method: str, url: str) -> None:
+    """Hang 50 starts on a silent server, use a thread meanwhile, and cancel them."""
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
+    tasks = [asyncio.ensure_future(start(url)) for _ in range(50)]
+    await eventually(lambda: server.count(method) == 50)
+    await asyncio.wait_for(asyncio.to_thread(threading.get_ident), PROMPT)
+    for task in tasks:
+        task.cancel()
+    outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+    assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
+    await eventually(lambda: server.open_connections == 0)
+
+
 @pytest.mark.parametrize("scheme", ["http", "https"])
 async def test_hanging_requests_hold_no_threads(scheme: str, pace: Pace, request: pytest.FixtureRequest) -> None:
     """With 50 requests waiting for a silent server, the application's own to_thread still runs at once."""
-    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
     with Server(request.getfixturevalue("tls") if scheme == "https" else None) as server:
         server.always("POST", silent)
-        tasks = [asyncio.ensure_future(start(server.url)) for _ in range(50)]
-        await eventually(lambda: server.count("POST") == 50)
-        await asyncio.wait_for(asyncio.to_thread(threading.get_ident), PROMPT)
-        for task in tasks:
-            task.cancel()
-        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-        assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
-        await eventually(lambda: server.open_connections == 0)
+        await hang(server, "POST", server.url)
 
 
 async def test_hanging_tunnels_hold_no_threads(pace: Pace, monkeypatch: pytest.MonkeyPatch) -> None:
     """With 50 requests waiting for a proxy that does not answer CONNECT, to_thread still runs at once."""
-    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(2))
     with Server() as proxy:
         proxy.always("CONNECT", silent)
         monkeypatch.setenv("HTTPS_PROXY", proxy.url)
-        tasks = [asyncio.ensure_future(start("https://platform.test")) for _ in range(50)]
-        await eventually(lambda: proxy.count("CONNECT") == 50)
-        await asyncio.wait_for(asyncio.to_thread(threading.get_ident), PROMPT)
-        for task in tasks:
-            task.cancel()
-        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
-        assert all(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes)
-        await eventually(lambda: proxy.open_connections == 0)
+        await hang(proxy, "CONNECT", "https://platform.test")
 
 
 FORK = """
