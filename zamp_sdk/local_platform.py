@@ -18,9 +18,12 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
+from datetime import timedelta
 from http.server import BaseHTTPRequestHandler
 from socketserver import ThreadingTCPServer
 from typing import Any, Callable, Mapping, NamedTuple, TypeVar, overload
+
+from .action_executor.models import RetryPolicy
 
 __all__ = ["LocalPlatform", "RecordedRequest"]
 
@@ -180,16 +183,16 @@ class LocalPlatform:
         # Then asyncio.run cancels all tasks, and so the actions.
 
     async def _execute(self, action_id: str, function: _Function, start: _Object) -> None:
-        policy = start["retry_policy"]
-        interval, longest = _seconds(policy["initial_interval"]), _seconds(policy["maximum_interval"])
-        attempts_left = policy["maximum_attempts"]  # 0 is no limit, for it is never reached again
+        policy: RetryPolicy = start["retry_policy"]
+        interval = policy.initial_interval.total_seconds()
+        attempts_left = policy.maximum_attempts  # 0 is no limit, for it is never reached again
         while True:
             outcome = await self._attempt(function, start["params"], start["start_to_close_timeout_seconds"])
             attempts_left -= 1
             if outcome["status"] == "COMPLETED" or attempts_left == 0:
                 break
             await asyncio.sleep(interval * self._time_scale)
-            interval = min(interval * policy["backoff_coefficient"], longest)
+            interval = min(interval * policy.backoff_coefficient, policy.maximum_interval.total_seconds())
         self._outcomes[action_id] = outcome
 
     async def _attempt(self, function: _Function, params: Any, timeout: float) -> _Object:
@@ -247,7 +250,7 @@ class _Handler(BaseHTTPRequestHandler):
                 raise _RefusedError(411, "the body must have a Content-Length")
             content = self.rfile.read(int(length))
             body = None
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 body = json.loads(content, parse_constant=int)  # int() refuses NaN and Infinity, which are not JSON
             status, answer = 200, self.server.answer(RecordedRequest(self.command, self.path, fields, body))
         except _RefusedError as exc:
@@ -282,20 +285,26 @@ def _success(result: Any) -> _Object:
 
 
 def _failure(status: str, error: BaseException) -> _Object:
-    kind = type(error).__name__
-    return {"status": status, "error": {"message": str(error) or kind, "type": kind}}
+    message = kind = type(error).__name__
+    with contextlib.suppress(Exception):  # not every exception can be printed
+        message = str(error) or kind
+    return {"status": status, "error": {"message": message, "type": kind}}
 
 
 # Days, hours, minutes and seconds (ISO 8601); longer units have no fixed length.
-_DURATION = re.compile(r"P(?=.)(?:([0-9]+)D)?(?:T(?=.)(?:([0-9]+)H)?(?:([0-9]+)M)?(?:([0-9]+(?:\.[0-9]+)?)S)?)?")
+_DURATION = re.compile(
+    r"P(?=.)(?:(\d{1,9})D)?(?:T(?=.)(?:(\d{1,9})H)?(?:(\d{1,9})M)?(?:(\d{1,9}(?:\.\d+)?)S)?)?", re.ASCII
+)
 
 
-def _seconds(duration: str) -> float:
-    parts = _DURATION.findall(duration)[0]
-    return sum(unit * float(part or 0) for unit, part in zip((86400, 3600, 60, 1), parts))
+def _duration(name: str, text: Any) -> timedelta:
+    match = _DURATION.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        raise ValueError(f"{name} must be an ISO 8601 duration, not {text!r}")
+    days, hours, minutes, seconds = (float(part or 0) for part in match.groups())
+    return timedelta(days, seconds, hours=hours, minutes=minutes)
 
 
-_DURATION_RULE = ((str,), None, "an ISO 8601 duration")
 # Each field's types and least value, and both in words.
 _RULES: dict[str, tuple[tuple[type, ...], float | None, str]] = {
     "action_name": ((str,), None, "a text"),
@@ -304,10 +313,6 @@ _RULES: dict[str, tuple[tuple[type, ...], float | None, str]] = {
     "summary": ((str,), None, "a text"),
     "start_to_close_timeout_seconds": ((int, float), sys.float_info.min, "a number above 0"),
     "retry_policy": ((dict,), None, "an object"),
-    "retry_policy.initial_interval": _DURATION_RULE,
-    "retry_policy.maximum_interval": _DURATION_RULE,
-    "retry_policy.maximum_attempts": ((int,), 0, "an integer of at least 0"),
-    "retry_policy.backoff_coefficient": ((int, float), 1, "a number of at least 1"),
 }
 _ONE_ATTEMPT = {"initial_interval": "PT0S", "maximum_interval": "PT0S", "maximum_attempts": 1, "backoff_coefficient": 1}
 _DEFAULTS = {"summary": "", "start_to_close_timeout_seconds": sys.float_info.max, "retry_policy": _ONE_ATTEMPT}
@@ -318,20 +323,18 @@ def _checked(body: Any) -> _Object:
     if not isinstance(body, dict):
         raise _RefusedError(422, "the body must be a JSON object")
     fields = {**_DEFAULTS, **body}
-    if isinstance(fields["retry_policy"], dict):
-        fields.update({f"retry_policy.{name}": value for name, value in fields["retry_policy"].items()})
     for name in fields:
         if name not in _RULES:
             raise _RefusedError(422, f"there is no field {name}")
     for name, (kinds, least, expected) in _RULES.items():
         value = fields.get(name, ...)
-        if (
-            type(value) not in kinds
-            or (least is not None and not least <= value <= sys.float_info.max)
-            or (name.endswith("_interval") and not _DURATION.fullmatch(value))
-        ):
+        if type(value) not in kinds or (least is not None and not least <= value <= sys.float_info.max):
             shown = "missing" if value is ... else repr(value)[:100]
             raise _RefusedError(422, f"{name} must be {expected}; it is {shown}")
-    if _seconds(fields["retry_policy.maximum_interval"]) < _seconds(fields["retry_policy.initial_interval"]):
-        raise _RefusedError(422, "retry_policy.maximum_interval must not be less than initial_interval")
+    policy = fields["retry_policy"].items()
+    try:
+        policy = {name: _duration(name, value) if name.endswith("_interval") else value for name, value in policy}
+        fields["retry_policy"] = RetryPolicy(**policy)
+    except (TypeError, ValueError, OverflowError) as exc:
+        raise _RefusedError(422, f"retry_policy: {exc}") from None
     return fields

@@ -10,7 +10,7 @@ import os
 import re
 import time
 from datetime import timedelta
-from typing import Any, Callable, Coroutine, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Callable, Generic, TypeVar, overload
 
 from ..errors import ActionTimeoutError, ZampError
 from . import http_client, lifecycle, wire
@@ -87,20 +87,15 @@ class ActionHandle(Generic[T]):
             steps = lifecycle.follow(
                 self._id, clock=time.monotonic, jitter=_jitter, started_at=self._started_at, limit=limit
             )
-            following = _perform(steps, self._config, observe)
-            self._ended = await (following if timeout is None else self._within(limit + GRACE, following))
+            # The caller's own time is kept even where other requests hold every slot.
+            seconds = None if timeout is None else limit + GRACE
+            try:
+                self._ended = await asyncio.wait_for(_perform(steps, self._config, observe), seconds)
+            except asyncio.TimeoutError as exc:
+                if isinstance(exc, ZampError):
+                    raise
+                raise lifecycle.timeout_error(self._id, "", limit + GRACE) from None
         return self._validated(self._outcome(self._ended))
-
-    async def _within(self, seconds: float, following: Coroutine[Any, Any, wire.ActionReply]) -> wire.ActionReply:
-        """Keep the caller's time even where other requests hold every slot."""
-        task = asyncio.ensure_future(following)
-        try:
-            await asyncio.wait({task}, timeout=seconds)
-            if task.done():
-                return task.result()
-        finally:
-            task.cancel()
-        raise lifecycle.timeout_error(self._id, "", seconds)
 
     def _outcome(self, reply: wire.ActionReply) -> Any:
         try:
@@ -124,33 +119,35 @@ class ActionHandle(Generic[T]):
 class ActionExecutor:
     """Runs actions on the Zamp platform."""
 
-    @overload
-    @staticmethod
-    async def execute(
-        action_name: str,
-        params: Any,
-        *,
-        base_url: str | None = None,
-        auth_token: str | None = None,
-        summary: str | None = None,
-        return_type: type[T],
-        action_retry_policy: RetryPolicy | None = None,
-        action_start_to_close_timeout: timedelta | None = None,
-    ) -> T: ...
+    if TYPE_CHECKING:
 
-    @overload
-    @staticmethod
-    async def execute(
-        action_name: str,
-        params: Any,
-        *,
-        base_url: str | None = None,
-        auth_token: str | None = None,
-        summary: str | None = None,
-        return_type: None = None,
-        action_retry_policy: RetryPolicy | None = None,
-        action_start_to_close_timeout: timedelta | None = None,
-    ) -> Any: ...
+        @overload
+        @staticmethod
+        async def execute(
+            action_name: str,
+            params: Any,
+            *,
+            base_url: str | None = None,
+            auth_token: str | None = None,
+            summary: str | None = None,
+            return_type: type[T],
+            action_retry_policy: RetryPolicy | None = None,
+            action_start_to_close_timeout: timedelta | None = None,
+        ) -> T: ...
+
+        @overload
+        @staticmethod
+        async def execute(
+            action_name: str,
+            params: Any,
+            *,
+            base_url: str | None = None,
+            auth_token: str | None = None,
+            summary: str | None = None,
+            return_type: None = None,
+            action_retry_policy: RetryPolicy | None = None,
+            action_start_to_close_timeout: timedelta | None = None,
+        ) -> Any: ...
 
     @staticmethod
     async def execute(
@@ -201,33 +198,35 @@ class ActionExecutor:
             logger.warning("no longer waiting for action %s (%r), which goes on", handle.id, action_name)
             raise
 
-    @overload
-    @staticmethod
-    async def start(
-        action_name: str,
-        params: Any,
-        *,
-        base_url: str | None = None,
-        auth_token: str | None = None,
-        summary: str | None = None,
-        return_type: type[T],
-        action_retry_policy: RetryPolicy | None = None,
-        action_start_to_close_timeout: timedelta | None = None,
-    ) -> ActionHandle[T]: ...
+    if TYPE_CHECKING:
 
-    @overload
-    @staticmethod
-    async def start(
-        action_name: str,
-        params: Any,
-        *,
-        base_url: str | None = None,
-        auth_token: str | None = None,
-        summary: str | None = None,
-        return_type: None = None,
-        action_retry_policy: RetryPolicy | None = None,
-        action_start_to_close_timeout: timedelta | None = None,
-    ) -> ActionHandle[Any]: ...
+        @overload
+        @staticmethod
+        async def start(
+            action_name: str,
+            params: Any,
+            *,
+            base_url: str | None = None,
+            auth_token: str | None = None,
+            summary: str | None = None,
+            return_type: type[T],
+            action_retry_policy: RetryPolicy | None = None,
+            action_start_to_close_timeout: timedelta | None = None,
+        ) -> ActionHandle[T]: ...
+
+        @overload
+        @staticmethod
+        async def start(
+            action_name: str,
+            params: Any,
+            *,
+            base_url: str | None = None,
+            auth_token: str | None = None,
+            summary: str | None = None,
+            return_type: None = None,
+            action_retry_policy: RetryPolicy | None = None,
+            action_start_to_close_timeout: timedelta | None = None,
+        ) -> ActionHandle[Any]: ...
 
     @staticmethod
     async def start(
@@ -266,17 +265,19 @@ class ActionExecutor:
             reply=reply,
         )
 
-    @overload
-    @staticmethod
-    def get_handle(
-        action_id: str, *, base_url: str | None = None, auth_token: str | None = None, return_type: type[T]
-    ) -> ActionHandle[T]: ...
+    if TYPE_CHECKING:
 
-    @overload
-    @staticmethod
-    def get_handle(
-        action_id: str, *, base_url: str | None = None, auth_token: str | None = None, return_type: None = None
-    ) -> ActionHandle[Any]: ...
+        @overload
+        @staticmethod
+        def get_handle(
+            action_id: str, *, base_url: str | None = None, auth_token: str | None = None, return_type: type[T]
+        ) -> ActionHandle[T]: ...
+
+        @overload
+        @staticmethod
+        def get_handle(
+            action_id: str, *, base_url: str | None = None, auth_token: str | None = None, return_type: None = None
+        ) -> ActionHandle[Any]: ...
 
     @staticmethod
     def get_handle(

@@ -167,9 +167,11 @@ def wait_limit(policy: RetryPolicy | None, start_to_close_timeout: timedelta | N
         total += interval
         interval *= policy.backoff_coefficient
         waits -= 1
-    total += waits * longest
     attempt = start_to_close_timeout.total_seconds() if start_to_close_timeout else 0.0
-    return max(MINIMUM_WAIT_LIMIT, policy.maximum_attempts * attempt + total)
+    try:
+        return max(MINIMUM_WAIT_LIMIT, total + waits * longest + policy.maximum_attempts * attempt)
+    except OverflowError:  # more attempts than a float can count
+        return math.inf
 
 
 def poll_interval(elapsed: float, jitter: float) -> float:

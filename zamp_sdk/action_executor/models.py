@@ -6,9 +6,9 @@ Everything is validated on construction, so that whatever holds one of these may
 from __future__ import annotations
 
 import functools
-import math
 import os
 import re
+import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
@@ -61,7 +61,7 @@ class RetryPolicy:
                 raise TypeError(f"{name} must be {expected}, not {type(value).__name__}")
             if value < zero:
                 raise ValueError(f"{name} must not be negative: {value}")
-        if not 1 <= self.backoff_coefficient < math.inf:
+        if not 1 <= self.backoff_coefficient <= sys.float_info.max:
             raise ValueError(f"backoff_coefficient must be a finite number of at least 1: {self.backoff_coefficient}")
         if self.maximum_interval < self.initial_interval:
             raise ValueError(f"maximum_interval must not be under initial_interval: {self.maximum_interval}")
