@@ -15,7 +15,7 @@ import pytest
 import trustme
 
 from tests.servers import TOKEN, server_context
-from zamp_sdk.action_executor import connections, executor, http_client, lifecycle
+from zamp_sdk.action_executor import connections, exchange, executor, http_client, lifecycle
 from zamp_sdk.action_executor.models import SdkConfig
 from zamp_sdk.action_executor.wire import Answer, Request
 
@@ -75,9 +75,9 @@ def clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def _forget() -> None:
-    connections._opener.cache_clear()
-    connections._pool.close()
-    connections._pool._context = None
+    exchange._opener.cache_clear()
+    connections.pool.close()
+    connections.pool._context = None
     executor._warn_of_plain_http.cache_clear()
 
 

@@ -54,7 +54,7 @@ from tests.servers import (
     tunnel,
 )
 from zamp_sdk import ActionExecutor, ActionFailedError, HttpClientError
-from zamp_sdk.action_executor import connections, lifecycle
+from zamp_sdk.action_executor import connections, exchange, lifecycle
 
 RETRY, UNKNOWN, RAISE = "retry", "unknown", "raise"
 TRIES = 4  # of a start
@@ -540,7 +540,7 @@ async def test_retry_after_is_waited_for(pace: Pace) -> None:
 )
 async def test_a_body_over_the_limit_is_not_read(rest: bytes, pace: Pace, monkeypatch: pytest.MonkeyPatch) -> None:
     """However a body that is too large is framed, it is given up: the start's fate is unknown, and a poll raises."""
-    monkeypatch.setattr(connections, "MAX_BODY", 2000)
+    monkeypatch.setattr(exchange, "MAX_BODY", 2000)
     with Server() as server:
         too_large = raw(b"HTTP/1.1 200 OK\r\n" + rest)
         server.on("POST", too_large)

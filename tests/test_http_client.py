@@ -48,7 +48,7 @@ from tests.servers import (
     tunnel,
 )
 from zamp_sdk import ActionExecutor, HttpClientError
-from zamp_sdk.action_executor import connections, http_client
+from zamp_sdk.action_executor import connections, exchange, http_client
 
 ROOT = Path(zamp_sdk.__file__).parent.parent
 PROMPT = 5.0  # s: far less than what would be waited for otherwise, and enough for a busy machine
@@ -252,8 +252,8 @@ async def test_a_dead_connection_does_not_cost_a_start(pace: Pace) -> None:
 
 async def test_a_start_takes_no_connection_that_was_idle_for_long(pace: Pace, monkeypatch: pytest.MonkeyPatch) -> None:
     """A poll may use an older connection than a start, which cannot be sent again."""
-    assert connections.MAX_IDLE_FOR_POST <= 1
-    monkeypatch.setattr(connections, "MAX_IDLE_FOR_POST", 0.05)
+    assert connections.MAX_IDLE_FOR_START <= 1
+    monkeypatch.setattr(connections, "MAX_IDLE_FOR_START", 0.05)
     with Server() as server:
         handle = await ActionExecutor.start("act", {}, base_url=server.url, auth_token=TOKEN)
         await asyncio.sleep(0.1)
@@ -286,9 +286,49 @@ async def test_many_actions_share_64_sockets(pace: Pace) -> None:
         assert server.most_open_connections <= 64
 
 
+def test_event_loops_in_threads_share_64_sockets(pace: Pace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The limit is the process's: several event loops at once have no more connections than one."""
+    pool = connections.pool
+    really_add = pool.add
+    counts: set[int] = set()
+
+    def add(connection: connections.Connection) -> bool:
+        has_room = really_add(connection)
+        with pool._lock:
+            counts.add(len(pool._leased) + len(pool._idle))
+        return has_room
+
+    monkeypatch.setattr(pool, "add", add)
+    with Server() as server, ThreadPoolExecutor(3) as threads:
+        server.always("POST", reply(200, {"id": ACTION_ID}, delay=0.2))
+
+        async def many() -> list[Any]:
+            return await asyncio.gather(*(execute(server.url) for _ in range(40)))
+
+        assert list(threads.map(lambda _: asyncio.run(many()), range(3))) == [[RESULT] * 40] * 3
+        assert server.count("POST") == 120
+    assert max(counts) == 64
+
+
+async def test_a_request_that_finds_no_room_was_not_sent(pace: Pace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where other event loops hold every connection for too long, the error says so, and that nothing was started."""
+    with Server() as server:
+        server.always("POST", silent)
+        hanging = asyncio.ensure_future(start(server.url))
+        await eventually(lambda: server.count("POST") == 1)
+        monkeypatch.setattr(connections, "MAX_SOCKETS", 1)
+        pace.hurry("POST", 5, 0.1)
+        with pytest.raises(HttpClientError, match="while all 64 connections were in use") as caught:
+            await start(server.url)
+        assert not caught.value.may_have_started
+        assert (server.count("POST"), server.connections) == (1, 1)
+        hanging.cancel()
+        await asyncio.wait({hanging})
+
+
 async def test_waiting_for_a_slot_is_not_part_of_a_requests_time(pace: Pace, monkeypatch: pytest.MonkeyPatch) -> None:
     """A request that queues behind others still has all of its seconds."""
-    monkeypatch.setattr(http_client, "SLOTS", 1)
+    monkeypatch.setattr(http_client, "MAX_SOCKETS", 1)
     pace.hurry("POST", 5, 0.4)
     with Server() as server:
         server.always("POST", reply(200, {"id": ACTION_ID}, delay=0.15))
@@ -418,6 +458,45 @@ def test_nothing_is_left_open_at_exit(scheme: str, request: pytest.FixtureReques
         done = run_script(EXIT, server.url)
         assert (done.stdout, done.stderr, done.returncode) == (f"{RESULT}\n0 sockets are open\n", "", 0)
         assert server.connections == 1
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+async def test_the_first_request_dials_before_its_imports(scheme: str, request: pytest.FixtureRequest) -> None:
+    """A connection can be on its way while the transport is imported; nothing has been sent over it yet."""
+    lifeline = connections.Lifeline(time.monotonic() + PROMPT)
+    with Server(request.getfixturevalue("tls") if scheme == "https" else None) as server:
+        connection = connections.head_start(server.url, lifeline)
+        assert connection is not None
+        await eventually(lambda: server.open_connections == 1)
+        assert connections.pool._leased == {connection}
+        connections.pool.give_back(connection, reusable=False)
+        await eventually(lambda: server.open_connections == 0)
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:{}", "http://" + "a" * 64 + ".test"])
+def test_a_head_start_that_fails_is_forgotten(url: str) -> None:
+    """The request itself will meet the failure again, and tell of it."""
+    lifeline = connections.Lifeline(time.monotonic() + PROMPT)
+    assert connections.head_start(url.format(closed_port()), lifeline) is None
+    assert not connections.pool._leased
+
+
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "https_proxy", "NO_PROXY"])
+def test_no_head_start_past_a_proxy(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a proxy may be meant to be used, nothing connects to the platform itself."""
+    monkeypatch.setenv(variable, "proxy.test")
+    with Server() as server:
+        assert connections.head_start(server.url, connections.Lifeline(time.monotonic() + PROMPT)) is None
+        assert server.connections == 0
+
+
+def test_the_first_request_of_a_process_keeps_to_its_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The platform sees no connection but the proxy's."""
+    with Server() as platform, Server() as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        done = run_script(EXIT, platform.url)
+        assert (done.stdout, done.stderr, done.returncode) == (f"{RESULT}\n0 sockets are open\n", "", 0)
+        assert (platform.connections, proxy.connections) == (0, 1)
 
 
 async def test_each_address_of_a_host_is_tried(pace: Pace, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -570,7 +649,7 @@ def test_one_deadline_holds_for_all_phases_together(stuck: Stuck, pace: Pace, as
     assert time.monotonic() - began < PROMPT
     assert_no_token(caught.value)
     assert caught.value.may_have_started == stuck.sent
-    assert not connections._pool._leased
+    assert not connections.pool._leased
     assert not threads_of_executors()
 
 
@@ -579,7 +658,7 @@ def test_cancelling_frees_thread_and_socket_at_once(stuck: Stuck, pace: Pace, as
 
     async def main() -> None:
         task = asyncio.ensure_future(start(stuck.url, stuck.params))
-        await eventually(lambda: bool(connections._pool._leased) and stuck.reached())
+        await eventually(lambda: bool(connections.pool._leased) and stuck.reached())
         await asyncio.sleep(0.05)
         task.cancel()
         with pytest.raises(asyncio.CancelledError) as caught:
@@ -589,7 +668,7 @@ def test_cancelling_frees_thread_and_socket_at_once(stuck: Stuck, pace: Pace, as
     began = time.monotonic()
     asyncio.run(main())
     assert time.monotonic() - began < PROMPT
-    assert not connections._pool._leased
+    assert not connections.pool._leased
     assert not threads_of_executors()
 
 
@@ -640,7 +719,7 @@ async def test_cancelling_at_any_moment_leaves_everything_in_order(pace: Pace) -
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 assert await task == RESULT
-        await eventually(lambda: not connections._pool._leased)
+        await eventually(lambda: not connections.pool._leased)
         assert await execute(server.url) == RESULT
 
 
@@ -649,17 +728,17 @@ async def test_cancelling_a_finished_request_leaves_its_connection_alone(
 ) -> None:
     """A cancellation that comes after the thread is done must not close a connection that is others' by now."""
     loop = asyncio.get_running_loop()
-    really_proceed = connections.Exchange.proceed
+    really_proceed = exchange.Exchange.proceed
 
-    def proceed_and_cancel(exchange: connections.Exchange) -> Any:
-        answer = really_proceed(exchange)
+    def proceed_and_cancel(self: exchange.Exchange) -> Any:
+        answer = really_proceed(self)
         if answer is not None:
             loop.call_soon_threadsafe(task.cancel)  # the loop hears of this before it hears of the answer
         return answer
 
     with Server() as server:
         with monkeypatch.context() as patch:
-            patch.setattr(connections.Exchange, "proceed", proceed_and_cancel)
+            patch.setattr(exchange.Exchange, "proceed", proceed_and_cancel)
             task = asyncio.ensure_future(start(server.url))
             with pytest.raises(asyncio.CancelledError):
                 await task
@@ -669,7 +748,7 @@ async def test_cancelling_a_finished_request_leaves_its_connection_alone(
 
 async def test_a_cancelled_request_gives_its_slot_back(pace: Pace, monkeypatch: pytest.MonkeyPatch) -> None:
     """Neither a request that is cancelled under way nor one that is cancelled in the queue keeps a slot."""
-    monkeypatch.setattr(http_client, "SLOTS", 1)
+    monkeypatch.setattr(http_client, "MAX_SOCKETS", 1)
     with Server() as server:
         server.on("POST", silent)
         under_way = asyncio.ensure_future(start(server.url))
@@ -701,7 +780,7 @@ async def test_a_name_lookup_that_hangs_sends_nothing_afterwards(
         finally:
             release.set()
         assert not caught.value.may_have_started
-        await eventually(lambda: not connections._pool._leased)
+        await eventually(lambda: not connections.pool._leased)
         assert server.connections == 0
 
 
@@ -762,7 +841,7 @@ async def test_a_reply_that_no_thread_reads_in_time_is_of_unknown_fate(
         await blocker
         assert caught.value.may_have_started
         assert server.count("POST") == 1
-        assert not connections._pool._leased
+        assert not connections.pool._leased
 
 
 async def test_a_loop_whose_threads_are_gone_gets_a_clear_error(pace: Pace) -> None:
@@ -949,9 +1028,9 @@ def test_a_peer_that_has_gone_before_the_handshake_leaves_no_socket() -> None:
         peer, _ = server.accept()
         peer.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0" + bytes(4))  # close() then resets
         peer.close()
-        assert connections._is_ready(sock, PROMPT)
+        assert connections.is_ready(sock, PROMPT)
         with pytest.raises(ConnectionResetError):
-            connections._pool.tls_context().wrap_socket(sock, server_hostname="x", do_handshake_on_connect=False)
+            connections.pool.tls_context().wrap_socket(sock, server_hostname="x", do_handshake_on_connect=False)
         assert sock.fileno() == -1
 
 

@@ -222,13 +222,13 @@ ARROWS: dict[str, set[str]] = {
     "action_executor.models": {"errors"},
     "action_executor.wire": {"action_executor.models"},
     "action_executor.lifecycle": {"errors", "action_executor.models", "action_executor.wire"},
-    "action_executor.lifeline": set(),
-    "action_executor.connections": {"action_executor.lifeline", "action_executor.wire"},
+    "action_executor.connections": set(),
+    "action_executor.exchange": {"action_executor.connections", "action_executor.wire"},
     "action_executor.http_client": {
-        "action_executor.lifeline",
+        "action_executor.connections",
         "action_executor.models",
         "action_executor.wire",
-        "action_executor.connections?",
+        "action_executor.exchange?",
     },
     "action_executor.executor": {
         "errors",
@@ -324,7 +324,7 @@ def test_import_is_cheap() -> None:
         "urllib.request",
         "uuid",
     }
-    own = {"zamp_sdk.cli", "zamp_sdk.local_platform", "zamp_sdk.action_executor.connections"}
+    own = {"zamp_sdk.cli", "zamp_sdk.local_platform", "zamp_sdk.action_executor.exchange"}
 
     loaded = imported_by("import zamp_sdk")
 
@@ -340,7 +340,7 @@ zamp_sdk.RetryPolicy.default()
 zamp_sdk.ActionExecutor.get_handle("act_1", base_url="https://example.com", auth_token="t")
 """
 
-    assert imported_by(statement) & {"http.client", "urllib.request", "zamp_sdk.action_executor.connections"} == set()
+    assert imported_by(statement) & {"http.client", "urllib.request", "zamp_sdk.action_executor.exchange"} == set()
 
 
 def test_import_does_nothing_else() -> None:

@@ -443,7 +443,7 @@ def test_wait_limit_of_a_billion_attempts() -> None:
     """A limit is never too short and is found at once, however many attempts there are."""
     policy = RetryPolicy(seconds(1), 10**9, seconds(100), 1.000_000_1)
     assert lifecycle.wait_limit(policy, None) >= 10**9
-    assert lifecycle.wait_limit(dataclasses.replace(policy, maximum_attempts=10**400), None) == math.inf
+    assert lifecycle.wait_limit(dataclasses.replace(policy, maximum_attempts=10**400), None) >= 10**12
 
 
 def test_steps_are_plain_data() -> None:

@@ -145,18 +145,28 @@ def test_an_exception_fails_the_action(platform: LocalPlatform, client: Client, 
     assert calls == [None, None]
 
 
+class UnprintableError(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError
+
+
+def raise_unprintable(_: Any) -> None:
+    raise UnprintableError
+
+
 @pytest.mark.parametrize(
     ("function", "message"),
     [
         (lambda _: {1}, "Object of type set is not JSON serializable"),
         (lambda _: float("nan"), "Out of range float values are not JSON compliant"),
         (lambda _: next(iter([])), "StopIteration"),  # a future can't hold it
+        (raise_unprintable, "UnprintableError"),
     ],
 )
 def test_a_function_that_returns_no_json_fails(
     platform: LocalPlatform, client: Client, function: Any, message: str
 ) -> None:
-    """A result that is not JSON is FAILED with the reason, and so is none at all."""
+    """A result that is not JSON is FAILED with the reason, and so is none at all, whatever its exception does."""
     platform.action("bad")(function)
     outcome = client.execute("bad")
     assert outcome["status"] == "FAILED"

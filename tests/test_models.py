@@ -138,7 +138,7 @@ def test_config_wants_text(base_url: Any, token: Any) -> None:
 
 def test_empty_token_is_refused() -> None:
     """A configuration without a token is none."""
-    with pytest.raises(ValueError, match="auth_token must not be empty"):
+    with pytest.raises(ValueError, match="auth_token must be printable ASCII without white space, and not empty"):
         SdkConfig("https://a.example", "  ")
 
 

@@ -21,7 +21,7 @@ from typing import Any, Sequence
 
 from . import ActionExecutor, ActionHandle, RetryPolicy, __version__
 from .action_executor.executor import INTERRUPTED
-from .action_executor.lifecycle import Send, Sleep
+from .action_executor.lifecycle import Sleep, Step
 from .errors import ActionFailedError, ActionTimeoutError, HttpClientError, ZampError
 from .local_platform import LocalPlatform
 
@@ -138,18 +138,14 @@ async def _handle(arguments: argparse.Namespace) -> ActionHandle[Any]:
     target = {"base_url": arguments.base_url, "auth_token": token}
     if "id" in arguments:
         return ActionExecutor.get_handle(arguments.id, **target)
-    try:
-        return await ActionExecutor.start(
-            arguments.action,
-            arguments.params,
-            summary=arguments.summary,
-            action_retry_policy=_policy(arguments),
-            action_start_to_close_timeout=arguments.start_to_close,
-            **target,
-        )
-    except INTERRUPTED:
-        _tell("Interrupted while starting the action: it may have started all the same.")
-        raise
+    return await ActionExecutor.start(
+        arguments.action,
+        arguments.params,
+        summary=arguments.summary,
+        action_retry_policy=_policy(arguments),
+        action_start_to_close_timeout=arguments.start_to_close,
+        **target,
+    )
 
 
 async def _print_id(arguments: argparse.Namespace) -> None:
@@ -166,7 +162,7 @@ async def _print_result(arguments: argparse.Namespace) -> None:
     status = "RUNNING"
     next_poll = began = time.monotonic()
 
-    def observe(step: Send | Sleep) -> None:
+    def observe(step: Step) -> None:
         nonlocal status, next_poll
         if isinstance(step, Sleep):
             status = (step.failure or "RUNNING").replace(f"asking for action {handle.id}: ", "")
@@ -214,12 +210,10 @@ def _tell_how_to_collect(action_id: str, arguments: argparse.Namespace) -> None:
 
 
 def _print_json(value: Any) -> None:
-    text = json.dumps(value, ensure_ascii=False, indent=2)
     try:
-        text.encode(sys.stdout.encoding or "utf-8")
-    except UnicodeEncodeError:
-        text = json.dumps(value, indent=2)
-    print(text)
+        print(json.dumps(value, ensure_ascii=False, indent=2))
+    except UnicodeEncodeError:  # which comes before anything is written
+        print(json.dumps(value, indent=2))
 
 
 async def _serve(arguments: argparse.Namespace) -> None:
@@ -261,24 +255,24 @@ def charge_card(_: Any) -> Any:
 
 
 async def _demo(_: argparse.Namespace) -> None:
-    calls: tuple[tuple[str, Any, RetryPolicy | None], ...] = (
-        ("send_invoice", {"invoice_id": "inv_123"}, None),
-        ("fetch_report", {"month": "2026-10"}, RetryPolicy.default()),
-        ("charge_card", {"card": "4111"}, None),
-    )
+    def observe(step: Step) -> None:
+        if isinstance(step, Sleep):
+            print(f"    {time.monotonic() - began:.1f} s  RUNNING, next poll in {step.seconds:.1f} s")
+
     with demo:
         print(f"The local platform listens on {demo.base_url}; nothing leaves this machine.")
-        for name, params, policy in calls:
+        for name, params, policy in (
+            ("send_invoice", {"invoice_id": "inv_123"}, None),
+            ("fetch_report", {"month": "2026-10"}, RetryPolicy.default()),
+            ("charge_card", {"card": "4111"}, None),
+        ):
             more = ", action_retry_policy=RetryPolicy.default()" if policy else ""
             print(f'\n>>> await ActionExecutor.execute("{name}", {json.dumps(params)}{more})')
             began = time.monotonic()
-            handle = await ActionExecutor.start(
-                name, params, action_retry_policy=policy, base_url=demo.base_url, auth_token=demo.auth_token
-            )
-            while await handle.status() == "RUNNING":
-                print(f"    {time.monotonic() - began:.1f} s  RUNNING")
-                await asyncio.sleep(0.1)
             try:
-                print(json.dumps(await handle.result()))
+                handle = await ActionExecutor.start(
+                    name, params, action_retry_policy=policy, base_url=demo.base_url, auth_token=demo.auth_token
+                )
+                print(json.dumps(await handle._wait(None, observe)))
             except ActionFailedError as exc:
                 print(f"{type(exc).__name__}: {exc}")

@@ -25,8 +25,6 @@ from typing import Any, Callable, Mapping, NamedTuple, TypeVar, overload
 
 from .action_executor.models import RetryPolicy
 
-__all__ = ["LocalPlatform", "RecordedRequest"]
-
 _STOP_SECONDS = 5.0  # for running functions: a thread can't be ended from outside
 
 _Function = Callable[[Any], Any]
@@ -35,7 +33,7 @@ _Object = dict[str, Any]
 
 
 class RecordedRequest(NamedTuple):
-    """A request as it arrived, its header names in lower case, its credentials masked; no JSON is a body of None."""
+    """A request: its header names in lower case, its credentials masked, its body None if that was no JSON."""
 
     method: str
     path: str
@@ -212,7 +210,7 @@ class LocalPlatform:
     def _run_in_thread(self, function: Callable[[], Any]) -> Future[Any]:
         result: Future[Any] = Future()
         result.set_running_or_notify_cancel()  # a function can't be cancelled, only left behind
-        # A daemon, so that no function can keep the program from exiting.
+        # A daemon: no function can keep the program from exiting.
         thread = threading.Thread(target=lambda: result.set_result(function()), name="zamp-local-platform", daemon=True)
         self._threads.append(thread)
         thread.start()
@@ -306,7 +304,7 @@ def _duration(name: str, text: Any) -> timedelta:
 
 
 # Each field's types and least value, and both in words.
-_RULES: dict[str, tuple[tuple[type, ...], float | None, str]] = {
+_RULES: dict[str, Any] = {
     "action_name": ((str,), None, "a text"),
     "params": ((dict, list, str, int, float, bool, type(None)), None, "any JSON value"),
     "is_external_action": ((bool,), True, "true"),
@@ -323,9 +321,8 @@ def _checked(body: Any) -> _Object:
     if not isinstance(body, dict):
         raise _RefusedError(422, "the body must be a JSON object")
     fields = {**_DEFAULTS, **body}
-    for name in fields:
-        if name not in _RULES:
-            raise _RefusedError(422, f"there is no field {name}")
+    for name in fields.keys() - _RULES.keys():
+        raise _RefusedError(422, f"there is no field {name}")
     for name, (kinds, least, expected) in _RULES.items():
         value = fields.get(name, ...)
         if type(value) not in kinds or (least is not None and not least <= value <= sys.float_info.max):

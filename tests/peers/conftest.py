@@ -92,4 +92,4 @@ def quick(pace: Pace) -> Pace:
 def no_lease_left(clean_slate: None) -> Iterator[None]:
     """Whatever happens to a request, its connection goes back to the pool or is closed."""
     yield
-    assert not connections._pool._leased
+    assert not connections.pool._leased

@@ -78,7 +78,7 @@ class Soak:
 
     async def _watch(self) -> None:
         while True:
-            self.most_sockets = max(self.most_sockets, len(connections._pool._leased) + len(connections._pool._idle))
+            self.most_sockets = max(self.most_sockets, len(connections.pool._leased) + len(connections.pool._idle))
             await asyncio.sleep(0.05)
 
     def compare(self, ledger: dict[str, Any]) -> None:
@@ -163,8 +163,8 @@ def main() -> int:
             return 2
         wall, cpu = time.monotonic() - began, time.process_time() - cpu
         memory_after = memory()
-        leased = len(connections._pool._leased)
-        connections._pool.close()
+        leased = len(connections.pool._leased)
+        connections.pool.close()
         ledger = ask(process, "ledger\n")
     soak.compare(ledger)
 

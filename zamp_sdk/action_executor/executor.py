@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import logging
 import math
 import os
 import re
@@ -20,10 +19,7 @@ T = TypeVar("T")
 LONG_RETRY = 5.0  # s of waiting from which a failure is worth a warning
 GRACE = 2.0  # s beyond a caller's timeout for a poll under way
 INTERRUPTED = (asyncio.CancelledError, KeyboardInterrupt)  # to Python 3.10 Ctrl-C is either in a task
-Observer = Callable[["lifecycle.Send | lifecycle.Sleep"], None]
-
-logger: logging.Logger = logging.getLogger("zamp_sdk")
-logger.addHandler(logging.NullHandler())
+Observer = Callable[[lifecycle.Step], None]
 
 
 class ActionHandle(Generic[T]):
@@ -58,7 +54,7 @@ class ActionHandle(Generic[T]):
         """Ask the platform once how the action stands; HttpClientError if it cannot be asked."""
         reply = await _perform(lifecycle.look(self._id), self._config)
         if reply.status not in ActionStatus.__members__:
-            self._outcome(reply)
+            lifecycle.outcome(self._id, reply)
         return ActionStatus(reply.status)
 
     async def result(self, timeout: timedelta | None = None) -> T:
@@ -87,29 +83,22 @@ class ActionHandle(Generic[T]):
             steps = lifecycle.follow(
                 self._id, clock=time.monotonic, jitter=_jitter, started_at=self._started_at, limit=limit
             )
-            # The caller's own time is kept even where other requests hold every slot.
-            seconds = None if timeout is None else limit + GRACE
+            seconds = None if timeout is None else limit + GRACE  # even where other requests hold every slot
             try:
                 self._ended = await asyncio.wait_for(_perform(steps, self._config, observe), seconds)
-            except asyncio.TimeoutError as exc:
-                if isinstance(exc, ZampError):
-                    raise
+            except ZampError:  # an ActionTimeoutError is a TimeoutError too
+                raise
+            except asyncio.TimeoutError:
                 raise lifecycle.timeout_error(self._id, "", limit + GRACE) from None
-        return self._validated(self._outcome(self._ended))
+        result: T = self._validated(lifecycle.outcome(self._id, self._ended))
+        return result
 
-    def _outcome(self, reply: wire.ActionReply) -> Any:
-        try:
-            return lifecycle.outcome(self._id, reply)
-        except ZampError as exc:
-            _redact(exc, self._config.auth_token)
-            raise
-
-    def _validated(self, result: Any) -> T:
+    def _validated(self, result: Any) -> Any:
         validate = getattr(self._return_type, "model_validate", None)
         if validate is None:
-            return result  # type: ignore[no-any-return]  # as it came: documented
+            return result
         try:
-            return validate(result)  # type: ignore[no-any-return]  # duck-typed
+            return validate(result)
         except Exception as exc:
             if hasattr(exc, "add_note"):  # Python 3.11
                 exc.add_note(f"Action {self._id} did complete; only its result is not what return_type describes.")
@@ -174,9 +163,6 @@ class ActionExecutor:
             action_retry_policy: How the platform retries the action's attempts; default: the platform's.
             action_start_to_close_timeout: The limit of one attempt; default: the platform's.
 
-        Returns:
-            The action's result.
-
         Raises:
             MissingConfigError, TypeError, ValueError: An argument is missing or cannot be used; nothing was sent.
             HttpClientError: A request failed; it tells whether the action runs.
@@ -195,7 +181,7 @@ class ActionExecutor:
         try:
             return await handle.result()
         except (*INTERRUPTED, ActionTimeoutError):
-            logger.warning("no longer waiting for action %s (%r), which goes on", handle.id, action_name)
+            http_client.logger.warning("no longer waiting for action %s (%r), which goes on", handle.id, action_name)
             raise
 
     if TYPE_CHECKING:
@@ -253,7 +239,9 @@ class ActionExecutor:
         try:
             reply = await _perform(lifecycle.start(request, clock=time.monotonic, jitter=_jitter), config)
         except INTERRUPTED:
-            logger.warning("cancelled while starting action %r: it may have started all the same", action_name)
+            http_client.logger.warning(
+                "cancelled while starting action %r: it may have started all the same", action_name
+            )
             raise
         assert reply.id is not None
         return ActionHandle(
@@ -308,7 +296,9 @@ def _warn_of_plain_http(base_url: str) -> None:
     """Warn once of each URL to which the token goes in the clear."""
     host = base_url.split("/")[2]
     if not re.fullmatch(r"(127(\.\d+){3}|localhost|\[::1\])(:\d+)?", host):
-        logger.warning("%s is plain http: the token and the data can be read on the way; use https", base_url)
+        http_client.logger.warning(
+            "%s is plain http: the token and the data can be read on the way; use https", base_url
+        )
 
 
 async def _perform(steps: lifecycle.Steps, config: SdkConfig, observe: Observer | None = None) -> wire.ActionReply:
@@ -318,7 +308,8 @@ async def _perform(steps: lifecycle.Steps, config: SdkConfig, observe: Observer 
             step = steps.send(answer)
         except StopIteration as stop:
             reply: wire.ActionReply = stop.value
-            return reply
+            status, error = (http_client.redacted(value, config.auth_token) for value in (reply.status, reply.error))
+            return reply._replace(status=status, error=error)
         except ZampError as exc:
             _redact(exc, config.auth_token)
             raise
@@ -331,7 +322,7 @@ async def _perform(steps: lifecycle.Steps, config: SdkConfig, observe: Observer 
         else:
             answer = None
             if step.failure and step.seconds > LONG_RETRY:
-                logger.warning("waiting %.0f s to try again: %s", step.seconds, step.failure)
+                http_client.logger.warning("waiting %.0f s to try again: %s", step.seconds, step.failure)
             await asyncio.sleep(step.seconds)
 
 

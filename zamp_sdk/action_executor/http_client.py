@@ -1,35 +1,34 @@
 """Sending one request from an event loop: ``urllib.request`` inside ``asyncio.to_thread``, without retrying.
 
 *send* in a thread, *wait* in the event loop, so that no thread waits for the network, and *receive* in a thread. What
-blocks lives in ``connections``, which the first request imports, in its thread.
+the threads do lives in ``exchange``, which the first request imports.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import sys
 import time
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
-from .lifeline import Lifeline
+from .connections import MAX_SOCKETS, Lifeline, head_start
 from .wire import Answer, Failure, Reply, Request
 
 if TYPE_CHECKING:
-    from .connections import Exchange
+    from .exchange import Exchange
     from .models import SdkConfig
 
 __version__ = "1.0.0"  # of the package; the User-Agent tells it
 
-SLOTS = 64  # requests in flight per event loop, and so sockets
-UNWIND = 1.0  # s for a thread to notice that it was cut off; a name lookup never does
+UNWIND = 1.0  # s for a thread to notice that it was cut off, which a name lookup never does
 SLOW_THREAD = 1.0  # s of waiting for a thread that a failure mentions
 SHORTEST_SECRET = 4  # characters of a token from which it is hidden even cut short
 USER_AGENT = f"zamp-sdk/{__version__} Python/{sys.version_info[0]}.{sys.version_info[1]} {sys.platform}"
 
 logger: logging.Logger = logging.getLogger("zamp_sdk")
+logger.addHandler(logging.NullHandler())
 _slots: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
 
 
@@ -43,8 +42,9 @@ def redacted(value: Any, token: str) -> Any:
         escaped = token.replace("\\", "\\\\").replace('"', '\\"')
         for form in (escaped.replace("/", "\\/"), escaped, token):
             value = value.replace(form, "[token]")
-            for size in range(len(form) - 1, SHORTEST_SECRET - 1, -1):
-                value = value.replace(f"{form[:size]}...", "[token]...")
+            if form[:SHORTEST_SECRET] in value:
+                for size in range(len(form) - 1, SHORTEST_SECRET - 1, -1):
+                    value = value.replace(f"{form[:size]}...", "[token]...")
     return value
 
 
@@ -53,7 +53,7 @@ async def send(config: SdkConfig, request: Request, timeout: float) -> Answer:
     loop = asyncio.get_running_loop()
     slots = _slots.get(loop)
     if slots is None:
-        slots = _slots[loop] = asyncio.Semaphore(SLOTS)
+        slots = _slots[loop] = asyncio.Semaphore(MAX_SOCKETS)
     async with slots:
         call = _Call(config, request, timeout)
         began = time.monotonic()
@@ -100,8 +100,8 @@ class _Call:
         queued = self.queued if self.queued_since is None else time.monotonic() - self.queued_since
         if isinstance(answer, Failure) and queued > SLOW_THREAD:
             advice = (
-                f"; it waited {queued:.1f} s for a thread, since other work keeps the event loop's default executor "
-                "busy: give it more with loop.set_default_executor(ThreadPoolExecutor(64))"
+                f"; it waited {queued:.1f} s for a thread of the event loop's default executor: "
+                "give it more with loop.set_default_executor(ThreadPoolExecutor(64))"
             )
             answer = answer._replace(message=answer.message + advice)
         return answer
@@ -125,35 +125,38 @@ class _Call:
         try:
             return thread.result()
         except RuntimeError as exc:  # "cannot schedule new futures", "can't start new thread"
-            return Failure(f"no thread to send it from: {exc}", self._is_sent, retryable=False, cause=exc)
+            return Failure(f"no thread to send it from: {exc}", self._is_sent(), retryable=False, cause=exc)
 
     def _advance(self) -> Answer | None:
         assert self.queued_since is not None
         self.queued += time.monotonic() - self.queued_since
         self.queued_since = None
         if self.exchange is None:
-            from .connections import Exchange
+            is_first = f"{__package__}.exchange" not in sys.modules
+            early = head_start(self.url, self.lifeline) if is_first else None  # while it is imported
+            from .exchange import Exchange
 
-            self.exchange = Exchange(self.lifeline, self.request.method, self.url, self.headers, self.request.body)
+            self.exchange = Exchange(self.lifeline, self.url, self.request, self.headers, early)
         return self.exchange.proceed()
 
     async def _is_ready(self) -> bool:
         """Wait for what the exchange waits for; False at the deadline."""
         assert self.exchange is not None
-        fileno = self.exchange.fileno()
-        for_writing, until = self.exchange.waits_for
+        fileno, for_writing, until = self.exchange.waits_for
         loop = self.loop
         add, remove = (loop.add_writer, loop.remove_writer) if for_writing else (loop.add_reader, loop.remove_reader)
         try:
-            add(fileno, self._wake)
+            if fileno is not None:
+                add(fileno, self._wake)
         except NotImplementedError:  # Windows' proactor loop: the thread has to wait itself
             self.lifeline.patience = self.timeout
             return True
-        timer = None if until == math.inf else loop.call_later(until - time.monotonic(), self._wake)
+        timer = None if until is None else loop.call_later(until - time.monotonic(), self._wake)
         try:
             await self._event()
         finally:
-            remove(fileno)
+            if fileno is not None:
+                remove(fileno)
             if timer:
                 timer.cancel()
         return not self.is_over
@@ -172,13 +175,15 @@ class _Call:
         self.is_over = True
         self._wake()
 
-    @property
-    def _is_sent(self) -> bool:
-        return self.exchange is not None and self.exchange.sent
-
     def _timed_out(self) -> Failure:
         self._abandon()
-        return Failure(f"timed out after {self.timeout:g} s", self._is_sent, retryable=True)
+        message = f"timed out after {self.timeout:g} s"
+        if self.exchange is not None and self.exchange.waits_for.fileno is None:
+            message += f", while all {MAX_SOCKETS} connections were in use"
+        return Failure(message, self._is_sent(), retryable=True)
+
+    def _is_sent(self) -> bool:
+        return self.exchange is not None and self.exchange.sent
 
     def _abandon(self) -> None:
         if self.lifeline.cut() and self.exchange is not None:

@@ -10,7 +10,6 @@ and returns what was asked for or raises. ``clock`` (monotonic seconds) and ``ji
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 from typing import TYPE_CHECKING, Any, Callable, Generator, NamedTuple, Union
 
@@ -46,33 +45,34 @@ class Sleep(NamedTuple):
     failure: str | None = None
 
 
-Steps = Generator[Union[Send, Sleep], Any, ActionReply]
+Step = Union[Send, Sleep]
+Steps = Generator[Step, Any, ActionReply]
 Clock = Callable[[], float]
-Jitter = Callable[[], float]
+Jitter = Clock
 
 
 def start(request: Request, *, clock: Clock, jitter: Jitter) -> Steps:
     """Start an action, and return the platform's reply, which has an id."""
     began = clock()
-    for attempt in itertools.count(1):
+    attempt = 0
+    while True:
+        attempt += 1
         answer: Answer = yield Send(request)
-        if isinstance(answer, Reply) and _is_success(answer):
+        if isinstance(answer, Reply) and 200 <= answer.status_code < 300:
             return _accepted(answer)
         wait = backoff(attempt, jitter())
         if isinstance(answer, Reply):
             told_to_wait = wire.retry_after(answer.headers)
             refused = answer.status_code == 429 or (answer.status_code == 503 and told_to_wait is not None)
             wait = wait if told_to_wait is None else max(told_to_wait, BACKOFF_MIN)
-            error = _http_error("starting the action", answer, may_have_started=not refused and _is_doubtful(answer))
+            may_have_started = not refused and _is_doubtful(answer)
         else:
             refused = answer.retryable and not answer.sent
-            message = f"starting the action: {answer.message}{_doubt(answer.sent)}"
-            error = HttpClientError(message, may_have_started=answer.sent)
-            error.__cause__ = answer.cause
+            may_have_started = answer.sent
+        error = _http_error("starting the action", answer, may_have_started=may_have_started)
         if not refused or attempt == START_TRIES or clock() - began + wait > START_WINDOW:
             raise error
         yield Sleep(wait, str(error))
-    raise AssertionError("unreachable")  # count() never ends
 
 
 def follow(
@@ -110,7 +110,7 @@ def follow(
                 # From one sending to the next; but a slow platform is left half of it in peace.
                 wait = max(interval - (now - asked), interval / 2)
         else:
-            error = _poll_error(action_id, answer, problem)
+            error = _http_error(f"asking for action {action_id}", answer, problem, action_id=action_id)
             if failures == 0:
                 failing_since = asked  # not the last good reply's time: a process may freeze
             if not may_pass or now - failing_since >= POLL_FAILURE_WINDOW:
@@ -130,7 +130,7 @@ def look(action_id: str) -> Steps:
     answer: Answer = yield Send(wire.poll_request(action_id))
     reply, problem, _ = _read_poll(answer, None)
     if reply is None:
-        raise _poll_error(action_id, answer, problem)
+        raise _http_error(f"asking for action {action_id}", answer, problem, action_id=action_id)
     return reply
 
 
@@ -143,8 +143,8 @@ def outcome(action_id: str, reply: ActionReply) -> Any:
         message = f"action {action_id} ended as {reply.status}: {wire.reason(reply.error)}"
     else:
         message = (
-            f"action {action_id} has the status {reply.status!r}, which this version of zamp-sdk does not know; "
-            "it may still be running: look at it on the platform, or upgrade zamp-sdk"
+            f"action {action_id} has the status {reply.status!r}, which this version of zamp-sdk does not know: "
+            "it may still be running; upgrade zamp-sdk"
         )
     raise ActionFailedError(message, action_id=action_id, status=str(reply.status), error=reply.error)
 
@@ -158,20 +158,14 @@ def wait_limit(policy: RetryPolicy | None, start_to_close_timeout: timedelta | N
     policy = policy or RetryPolicy.default()
     if policy.maximum_attempts == 0:
         return math.inf
-    waits = policy.maximum_attempts - 1
+    attempts = min(policy.maximum_attempts, 10**12)  # a float can count those
     interval, longest = policy.initial_interval.total_seconds(), policy.maximum_interval.total_seconds()
     total = 0.0
-    for _ in range(min(waits, 10_000)):  # millions of attempts need no adding up
-        if interval >= longest:
-            break
+    for _ in range(min(attempts - 1, 10_000)):  # millions need no adding up
         total += interval
-        interval *= policy.backoff_coefficient
-        waits -= 1
+        interval = min(interval * policy.backoff_coefficient, longest)
     attempt = start_to_close_timeout.total_seconds() if start_to_close_timeout else 0.0
-    try:
-        return max(MINIMUM_WAIT_LIMIT, total + waits * longest + policy.maximum_attempts * attempt)
-    except OverflowError:  # more attempts than a float can count
-        return math.inf
+    return max(MINIMUM_WAIT_LIMIT, total + max(0, attempts - 10_001) * longest + attempts * attempt)
 
 
 def poll_interval(elapsed: float, jitter: float) -> float:
@@ -182,10 +176,6 @@ def poll_interval(elapsed: float, jitter: float) -> float:
 def backoff(failures: int, jitter: float) -> float:
     """Seconds to wait after so many failures in a row: exponential, with full jitter."""
     return jitter * min(BACKOFF_MAX, BACKOFF_MIN * 2.0 ** min(failures - 1, 16))
-
-
-def _is_success(reply: Reply) -> bool:
-    return 200 <= reply.status_code < 300
 
 
 def _accepted(answer: Reply) -> ActionReply:
@@ -216,7 +206,7 @@ def _read_poll(answer: Answer, age: float | None) -> tuple[ActionReply | None, s
     if isinstance(answer, Failure):
         return None, answer.message, answer.retryable
     code = answer.status_code
-    if not _is_success(answer):
+    if not 200 <= code < 300:
         starting = code == 404 and age is not None and age < POLL_NOT_FOUND_GRACE
         return None, None, starting or code < 200 or code >= 500 or code in (408, 425, 429)
     try:
@@ -230,50 +220,40 @@ def _read_poll(answer: Answer, age: float | None) -> tuple[ActionReply | None, s
     return None, "the reply has no status", True
 
 
-def _poll_error(action_id: str, answer: Answer, problem: str | None) -> HttpClientError:
-    doing = f"asking for action {action_id}"
-    if isinstance(answer, Failure):
-        error = HttpClientError(f"{doing}: {problem}", action_id=action_id)
-        error.__cause__ = answer.cause
-        return error
-    return _http_error(doing, answer, problem, action_id=action_id)
-
-
 def _http_error(
     doing: str,
-    reply: Reply,
+    answer: Answer,
     problem: str | None = None,
     *,
     action_id: str | None = None,
     may_have_started: bool = False,
 ) -> HttpClientError:
-    from http import HTTPStatus  # only errors need the phrase
+    doubt = "; the action may have started all the same, so it was not sent again" if may_have_started else ""
+    if isinstance(answer, Failure):
+        message = f"{doing}: {answer.message}{doubt}"
+        error = HttpClientError(message, action_id=action_id, may_have_started=may_have_started)
+        error.__cause__ = answer.cause
+        return error
 
-    code = reply.status_code
-    try:
-        title = f"HTTP {code} {HTTPStatus(code).phrase}"
-    except ValueError:
-        title = f"HTTP {code}"
-    message = f"{doing}: {title}: {problem or wire.refusal_reason(reply.body)}"
+    from http.client import responses  # only errors need the phrase
+
+    code = answer.status_code
+    title = f"HTTP {code} {responses.get(code, '')}".rstrip()
+    message = f"{doing}: {title}: {problem or wire.refusal_reason(answer.body)}"
     if 300 <= code < 400:
-        target = reply.headers.get("location", "nowhere")
-        message += f" (redirects are not followed; this one points to {target})"
+        message += f" (redirects are not followed; this one points to {answer.headers.get('location', 'nowhere')})"
     elif code in (401, 403):
         message += " (check the token: auth_token, or ZAMP_AUTH_TOKEN)"
     elif code == 407:
         message += " (a proxy wants a user name and a password, in HTTPS_PROXY or HTTP_PROXY)"
     return HttpClientError(
-        message + _doubt(may_have_started),
+        message + doubt,
         status_code=code,
-        response_body=reply.body.decode(errors="replace"),
-        headers=reply.headers,
+        response_body=answer.body.decode(errors="replace"),
+        headers=answer.headers,
         action_id=action_id,
         may_have_started=may_have_started,
     )
-
-
-def _doubt(may_have_started: bool) -> str:
-    return "; the action may have started all the same, so it was not sent again" if may_have_started else ""
 
 
 def timeout_error(action_id: str, status: str, waited: float) -> ActionTimeoutError:

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import inspect
 import math
+import re
 from datetime import date, time, timedelta
 from enum import Enum
 from typing import Any, Mapping, NamedTuple, Union
@@ -154,7 +155,10 @@ def _to_json_value(value: Any, place: str, parents: frozenset[int]) -> Any:
         if dataclasses.is_dataclass(value):
             fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
             return _to_json_object(fields, place, parents)
-    if _is_text_like(value):
+    from decimal import Decimal  # rarely needed, and slow to import
+    from uuid import UUID
+
+    if isinstance(value, (UUID, Decimal)):
         return str(value)
     raise TypeError(f"{place}: cannot send a {type(value).__name__} as JSON")
 
@@ -182,34 +186,18 @@ def _model_dump(model: Any) -> Any:
     return model.model_dump(mode="json")
 
 
-def _is_text_like(value: Any) -> bool:
-    from decimal import Decimal
-    from uuid import UUID
-
-    return isinstance(value, (UUID, Decimal))
-
-
 def _is_unicode(text: str) -> bool:
-    try:
-        text.isascii() or text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return text.isascii() or text.encode(errors="ignore").decode() == text
 
 
 def iso8601_duration(value: timedelta) -> str:
-    """Write a duration in ISO 8601, exact to the microsecond: ``PT30S``, ``P1DT1H1M2.5S``, ``-PT5S``, ``PT0S``."""
+    """Write a duration in ISO 8601, exactly: ``PT30S``, ``P1DT1H1M2.5S``, ``-PT5S``, ``PT0S``."""
     sign, value = ("-", -value) if value < timedelta(0) else ("", value)
     minutes, seconds = divmod(value.seconds, 60)
     hours, minutes = divmod(minutes, 60)
-    fraction = f".{value.microseconds:06}".rstrip("0") if value.microseconds else ""
-    clock = (f"{hours}H" if hours else "") + (f"{minutes}M" if minutes else "")
-    if seconds or fraction:
-        clock += f"{seconds}{fraction}S"
-    days = f"{value.days}D" if value.days else ""
-    if not (days or clock):
-        clock = "0S"
-    return f"{sign}P{days}{'T' if clock else ''}{clock}"
+    fraction = f".{value.microseconds:06}".rstrip("0.")
+    whole = f"{sign}P{value.days}DT{hours}H{minutes}M{seconds}{fraction}S"
+    return re.sub(r"(?<=[PTDHM])0[DHMS]", "", whole).rstrip("T") if value else "PT0S"
 
 
 def _dump(value: Any) -> str:
@@ -255,13 +243,11 @@ def reason(error: Any) -> str:
 
 def refusal_reason(body: bytes) -> str:
     """Say why a request was refused, as its body has it."""
-    value = None
-    with contextlib.suppress(ValueError):
-        value = _load(body)
-    if isinstance(value, dict):
+    with contextlib.suppress(ValueError, AttributeError):  # it may be anything
+        fields = _load(body)
         for key in ("error", "detail", "message"):
-            if value.get(key):
-                return excerpt(reason(value[key]).encode(errors="replace"))
+            if fields.get(key):
+                return excerpt(reason(fields[key]).encode(errors="replace"))
     return excerpt(body)
 
 
@@ -280,9 +266,8 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
         return None
 
 
-def excerpt(body: bytes, size: int = 200) -> str:
+def excerpt(body: bytes) -> str:
     """Return how a text begins, on one line that is safe to print."""
-    text = " ".join(body[: 4 * size].decode(errors="replace").split())
+    text = " ".join(body[:800].decode(errors="replace").split())
     text = "".join(char if char.isprintable() else "?" for char in text)
-    is_whole = len(text) <= size and len(body) <= 4 * size
-    return (text if is_whole else text[:size] + "...") or "(empty)"
+    return (text if len(text) <= 200 and len(body) <= 800 else text[:200] + "...") or "(empty)"
