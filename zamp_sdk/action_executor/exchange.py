@@ -69,7 +69,7 @@ class Exchange:
     # What do_open calls.
 
     def as_connection(self, host: str, **_: Any) -> Exchange:
-        self._key = self._key._replace(host=host)
+        self._key = Key(self._key.is_tls, host)
         return self
 
     def set_debuglevel(self, level: int) -> None:

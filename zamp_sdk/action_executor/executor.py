@@ -308,6 +308,8 @@ async def _perform(steps: lifecycle.Steps, config: SdkConfig, observe: Observer 
             step = steps.send(answer)
         except StopIteration as stop:
             reply: wire.ActionReply = stop.value
+            if reply.status == ActionStatus.COMPLETED:
+                return reply  # its result is the action's own
             status, error = (http_client.redacted(value, config.auth_token) for value in (reply.status, reply.error))
             return reply._replace(status=status, error=error)
         except ZampError as exc:
