@@ -98,7 +98,7 @@ class Connection:
     def __init__(self, key: Key, lifeline: Lifeline) -> None:
         self.key = key
         self.sock: Any = None
-        self.idle_since = 0.0
+        self.idle_since: float = 0.0
         self.dialing: Steps = self._dial(lifeline)
 
     def close(self) -> None:
