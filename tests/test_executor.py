@@ -188,7 +188,7 @@ async def test_a_timeout_holds_while_others_take_every_slot(
     monkeypatch.setattr(http_client, "MAX_SOCKETS", 1)
     monkeypatch.setattr(executor, "GRACE", 0.0)
     handle = await ActionExecutor.start("wait", 0.0)
-    async with http_client._slots[asyncio.get_running_loop()]:
+    async with vars(asyncio.get_running_loop())[http_client.__name__]:
         with pytest.raises(ActionTimeoutError) as caught:
             await handle.result(timeout=timedelta(seconds=0.05))
     assert (caught.value.action_id, caught.value.waited) == (handle.id, 0.05)

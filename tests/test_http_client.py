@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import dataclasses
+import gc
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -308,6 +310,19 @@ def test_event_loops_in_threads_share_64_sockets(pace: Pace, monkeypatch: pytest
         assert list(threads.map(lambda _: asyncio.run(many()), range(3))) == [[RESULT] * 40] * 3
         assert server.count("POST") == 120
     assert max(counts) == 64
+
+
+def test_an_event_loop_is_forgotten_after_its_requests(pace: Pace) -> None:
+    """Nothing of the process's keeps a loop: a Lambda's invocations have one each."""
+    with Server() as server:
+
+        async def many() -> weakref.ref[asyncio.AbstractEventLoop]:
+            await asyncio.gather(*(execute(server.url) for _ in range(70)))  # some of them have to wait for a slot
+            return weakref.ref(asyncio.get_running_loop())
+
+        loop = asyncio.run(many())
+        gc.collect()
+        assert loop() is None
 
 
 async def test_a_request_that_finds_no_room_was_not_sent(pace: Pace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,6 +43,7 @@ class Lifeline:
     def __init__(self, deadline: float) -> None:
         self.deadline = deadline  # by time.monotonic()
         self.is_cut: bool = False
+        self.is_sent: bool = False  # a byte of the request may have left
         self.patience: float = PATIENCE
         self._lock = threading.Lock()
         self._held: socket.socket | None = None

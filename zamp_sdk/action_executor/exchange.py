@@ -35,7 +35,6 @@ class Exchange:
     def __init__(
         self, lifeline: Lifeline, url: str, request: Request, headers: Mapping[str, str], early: Connection | None
     ) -> None:
-        self.sent: bool = False
         self.waits_for: Wait = Wait(-1)
         self._lifeline = lifeline
         self._url, self._request, self._headers = url, request, headers
@@ -87,14 +86,15 @@ class Exchange:
 
     def _perform(self) -> Generator[Wait, None, Reply]:
         method, body = self._request.method, self._request.body
-        request: Any = urllib.request.Request(self._url, body, dict(self._headers), method=method)
+        # An origin is for cookies, and not cheap to find.
+        request: Any = urllib.request.Request(self._url, body, dict(self._headers), origin_req_host="", method=method)
         request.exchange = self  # how the handler comes by it
         _opener().open(request)  # which comes to the methods above
         yield from self._connect()
         connection, lifeline = self._connection, self._lifeline
         assert connection is not None
         lifeline.hold(connection.sock)
-        self.sent = True
+        lifeline.is_sent = True
         stream: Any = _Stream(connection.sock, lifeline)  # to http.client it is a socket
         stream.send(self._head + (body or b""))  # at once: one packet, one TLS record
         response = self._response = _Response(stream, method=method)
@@ -155,7 +155,7 @@ class Exchange:
         what = excerpt(str(exc).encode(errors="replace")) if str(exc) else type(exc).__name__
         cause = exc if isinstance(exc, OSError) else None  # others quote the peer
         retryable = isinstance(exc, (OSError, http.client.HTTPException))
-        if self.sent:
+        if self._lifeline.is_sent:
             return Failure(f"no reply from {origin}: {what}", sent=True, retryable=retryable, cause=cause)
         advice, may_pass = _advice(exc)
         retryable = retryable and may_pass
@@ -221,7 +221,7 @@ def _parse_headers(fp: io.BufferedReader, **_options: Any) -> http.client.HTTPMe
         if not line.strip():
             headers = http.client.HTTPMessage()
             for name, _, value in (line.partition(":") for line in lines):
-                headers[name.strip()] = value.strip()
+                headers.set_raw(name.strip(), value.strip())
             return headers
         if line[0] in " \t" and lines:  # a value that is folded (RFC 9112, 5.2)
             lines[-1] = f"{lines[-1].rstrip()} {line.strip()}"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Callable, Generic, TypeVar, overload
 
 from ..errors import ActionTimeoutError, ZampError
 from . import http_client, lifecycle, wire
-from .models import ActionStatus, RetryPolicy, SdkConfig
+from .models import ActionStatus, RetryPolicy, SdkConfig, check_type
 
 T = TypeVar("T")
 LONG_RETRY = 5.0  # s of waiting from which a failure is worth a warning
@@ -23,7 +23,7 @@ Observer = Callable[[lifecycle.Step], None]
 
 
 class ActionHandle(Generic[T]):
-    """An action on the platform, whoever started it; made by ``ActionExecutor.start`` and ``get_handle``."""
+    """An action on the platform; made by ``ActionExecutor.start`` and ``get_handle``."""
 
     def __init__(
         self,
@@ -74,8 +74,7 @@ class ActionHandle(Generic[T]):
     async def _wait(self, timeout: timedelta | None, observe: Observer | None = None) -> T:
         limit = self._limit
         if timeout is not None:
-            if not isinstance(timeout, timedelta):
-                raise TypeError(f"timeout must be a timedelta, not {type(timeout).__name__}")
+            check_type("timeout", timeout, timedelta, "a timedelta")
             if timeout < timedelta(0):
                 raise ValueError(f"timeout must not be negative: {timeout}")
             limit = timeout.total_seconds()
@@ -83,9 +82,9 @@ class ActionHandle(Generic[T]):
             steps = lifecycle.follow(
                 self._id, clock=time.monotonic, jitter=_jitter, started_at=self._started_at, limit=limit
             )
-            seconds = None if timeout is None else limit + GRACE  # even where other requests hold every slot
-            try:
-                self._ended = await asyncio.wait_for(_perform(steps, self._config, observe), seconds)
+            following = _perform(steps, self._config, observe)
+            try:  # wait_for counts the time that other requests hold every slot, too
+                self._ended = await (following if timeout is None else asyncio.wait_for(following, limit + GRACE))
             except ZampError:  # an ActionTimeoutError is a TimeoutError too
                 raise
             except asyncio.TimeoutError:

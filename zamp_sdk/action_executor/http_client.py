@@ -11,7 +11,6 @@ import logging
 import sys
 import time
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 from .connections import MAX_SOCKETS, Lifeline, head_start
 from .wire import Answer, Failure, Reply, Request
@@ -29,7 +28,6 @@ USER_AGENT = f"zamp-sdk/{__version__} Python/{sys.version_info[0]}.{sys.version_
 
 logger: logging.Logger = logging.getLogger("zamp_sdk")
 logger.addHandler(logging.NullHandler())
-_slots: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
 
 
 def redacted(value: Any, token: str) -> Any:
@@ -50,18 +48,18 @@ def redacted(value: Any, token: str) -> Any:
 
 async def send(config: SdkConfig, request: Request, timeout: float) -> Answer:
     """Send a request; ``timeout`` is in seconds, and waiting for a slot does not count."""
-    loop = asyncio.get_running_loop()
-    slots = _slots.get(loop)
+    of_loop = vars(asyncio.get_running_loop())  # a mapping of ours would keep the loop: a semaphore knows it
+    slots = of_loop.get(__name__)
     if slots is None:
-        slots = _slots[loop] = asyncio.Semaphore(MAX_SOCKETS)
+        slots = of_loop[__name__] = asyncio.Semaphore(MAX_SOCKETS)
     async with slots:
         call = _Call(config, request, timeout)
         began = time.monotonic()
         answer = await call.perform()
-        if logger.isEnabledFor(logging.DEBUG):
-            outcome = answer.status_code if isinstance(answer, Reply) else redacted(answer.message, config.auth_token)
-            logger.debug("%s %s: %s, %.0f ms", request.method, call.url, outcome, (time.monotonic() - began) * 1000)
-        return answer
+    if logger.isEnabledFor(logging.DEBUG):
+        outcome = answer.status_code if isinstance(answer, Reply) else redacted(answer.message, config.auth_token)
+        logger.debug("%s %s: %s, %.0f ms", request.method, call.url, outcome, (time.monotonic() - began) * 1000)
+    return answer
 
 
 class _Call:
@@ -84,10 +82,11 @@ class _Call:
         self.queued = 0.0
         self.loop = asyncio.get_running_loop()
         self.awake: asyncio.Future[None] | None = None
-        self.is_over = False
+        self.blocked: asyncio.Task[Any] | None = None  # while it awaits a thread
+        self.is_over = self.is_stuck = False
 
     async def perform(self) -> Answer:
-        timer = self.loop.call_later(self.timeout, self._end)
+        self.timer = self.loop.call_later(self.timeout, self._end)
         try:
             answer = await self._in_thread()
             while answer is None:
@@ -96,36 +95,27 @@ class _Call:
             self._abandon()
             raise
         finally:
-            timer.cancel()
+            self.timer.cancel()
         queued = self.queued if self.queued_since is None else time.monotonic() - self.queued_since
         if isinstance(answer, Failure) and queued > SLOW_THREAD:
-            advice = (
-                f"; it waited {queued:.1f} s for a thread of the event loop's default executor: "
-                "give it more with loop.set_default_executor(ThreadPoolExecutor(64))"
-            )
-            answer = answer._replace(message=answer.message + advice)
+            advice = "give the loop more with loop.set_default_executor(ThreadPoolExecutor(64))"
+            answer = answer._replace(message=f"{answer.message}; it waited {queued:.1f} s for a thread: {advice}")
         return answer
 
     async def _in_thread(self) -> Answer | None:
         """Run a phase in a thread; at the deadline its socket is shut down under it."""
         self.queued_since = time.monotonic()
-        thread = self.loop.create_task(asyncio.to_thread(self._advance))
-        thread.add_done_callback(self._wake)
+        self.blocked = asyncio.current_task()
         try:
-            await self._event()
-            if not thread.done():  # the deadline
-                self._abandon()
-                if self.queued_since is None:
-                    await asyncio.wait({thread}, timeout=UNWIND)
-        finally:
-            if not thread.done():
-                thread.cancel()  # a phase that no thread has begun never begins
-        if not thread.done():
+            return await asyncio.to_thread(self._advance)
+        except asyncio.CancelledError:
+            if not self.is_stuck or (sys.version_info >= (3, 11) and self.blocked and self.blocked.uncancel()):
+                raise  # it was cancelled by others
             return self._timed_out()
-        try:
-            return thread.result()
         except RuntimeError as exc:  # "cannot schedule new futures", "can't start new thread"
-            return Failure(f"no thread to send it from: {exc}", self._is_sent(), retryable=False, cause=exc)
+            return Failure(f"no thread to send it from: {exc}", self.lifeline.is_sent, retryable=False, cause=exc)
+        finally:
+            self.blocked = None
 
     def _advance(self) -> Answer | None:
         assert self.queued_since is not None
@@ -153,7 +143,9 @@ class _Call:
             return True
         timer = None if until is None else loop.call_later(until - time.monotonic(), self._wake)
         try:
-            await self._event()
+            if not self.is_over:
+                self.awake = loop.create_future()
+                await self.awake
         finally:
             if fileno is not None:
                 remove(fileno)
@@ -161,29 +153,30 @@ class _Call:
                 timer.cancel()
         return not self.is_over
 
-    async def _event(self) -> None:
-        """Wait for what this phase waits for, or for the deadline."""
-        if not self.is_over:
-            self.awake = self.loop.create_future()
-            await self.awake
-
-    def _wake(self, _: object = None) -> None:
+    def _wake(self) -> None:
         if self.awake and not self.awake.done():  # a reader or writer is called again until it is removed
             self.awake.set_result(None)
 
     def _end(self) -> None:
+        """At the deadline, end what this phase waits for; a thread gets a moment to notice."""
         self.is_over = True
-        self._wake()
+        if self.blocked is None:
+            self._wake()
+        else:
+            self._abandon()
+            self.timer = self.loop.call_later(UNWIND if self.queued_since is None else 0, self._give_up)
+
+    def _give_up(self) -> None:
+        if self.blocked is not None:
+            self.is_stuck = True
+            self.blocked.cancel()  # a phase that no thread has begun never begins
 
     def _timed_out(self) -> Failure:
         self._abandon()
         message = f"timed out after {self.timeout:g} s"
         if self.exchange is not None and self.exchange.waits_for.fileno is None:
             message += f", while all {MAX_SOCKETS} connections were in use"
-        return Failure(message, self._is_sent(), retryable=True)
-
-    def _is_sent(self) -> bool:
-        return self.exchange is not None and self.exchange.sent
+        return Failure(message, self.lifeline.is_sent, retryable=True)
 
     def _abandon(self) -> None:
         if self.lifeline.cut() and self.exchange is not None:

@@ -4,7 +4,7 @@ A generator yields *steps* (``Send``, ``Sleep``), is sent what became of each ``
 and returns what was asked for or raises. ``clock`` (monotonic seconds) and ``jitter`` (0 to 1) are arguments.
 
 - The POST is sent again only if the action provably cannot exist: nothing was sent, or the platform refused it.
-- A poll is sent again after whatever may pass, for an action goes on while nobody can ask for it.
+- A poll is sent again after whatever may pass.
 """
 
 from __future__ import annotations

@@ -14,6 +14,12 @@ from typing import Any
 from ..errors import MissingConfigError
 
 
+def check_type(name: str, value: object, kind: Any, expected: str) -> None:
+    """Raise a TypeError that names the value and what it must be."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {expected}, not {type(value).__name__}")
+
+
 class ActionStatus(str, Enum):
     """Where an action stands; all but ``RUNNING`` are final."""
 
@@ -31,9 +37,7 @@ class ActionStatus(str, Enum):
 class RetryPolicy:
     """How the platform retries the attempts of one action, by the rules of Temporal's RetryPolicy.
 
-    Raises:
-        TypeError: A field is of the wrong type.
-        ValueError: A field is out of its range.
+    A field of the wrong type is a TypeError, one out of its range a ValueError.
     """
 
     initial_interval: timedelta
@@ -78,9 +82,7 @@ class RetryPolicy:
 class SdkConfig:
     """Which platform to talk to, and as whom; its repr does not show the token.
 
-    Raises:
-        TypeError: A field is not text.
-        ValueError: A field cannot be used; the token is not quoted.
+    A field that is no text is a TypeError, one that cannot be used a ValueError; the token is not quoted.
     """
 
     base_url: str
@@ -90,8 +92,7 @@ class SdkConfig:
 
     def __post_init__(self) -> None:
         for name in ("base_url", "auth_token"):
-            if not isinstance(getattr(self, name), str):
-                raise TypeError(f"{name} must be text, not {type(getattr(self, name)).__name__}")
+            check_type(name, getattr(self, name), str, "text")
         object.__setattr__(self, "base_url", _normalize_base_url(self.base_url.strip()))
         object.__setattr__(self, "auth_token", self.auth_token.strip())
         if not re.fullmatch("[!-~]+", self.auth_token):

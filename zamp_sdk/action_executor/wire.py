@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import inspect
 import math
 import re
 from datetime import date, time, timedelta
 from enum import Enum
 from typing import Any, Mapping, NamedTuple, Union
 
-from .models import RetryPolicy
+from .models import RetryPolicy, check_type
 
 
 class Request(NamedTuple):
@@ -70,7 +69,7 @@ def start_request(
     idempotency_key: str,
 ) -> Request:
     """Build the POST that starts an action."""
-    _check_type("action_name", action_name, str, "text")
+    check_type("action_name", action_name, str, "text")
     if not action_name.strip():
         raise ValueError("action_name must not be empty")
     body = {
@@ -79,13 +78,13 @@ def start_request(
         "is_external_action": True,
     }
     if summary is not None:
-        _check_type("summary", summary, str, "text")
+        check_type("summary", summary, str, "text")
         body["summary"] = _plain(summary, "summary")
     if retry_policy is not None:
-        _check_type("action_retry_policy", retry_policy, RetryPolicy, "a RetryPolicy")
+        check_type("action_retry_policy", retry_policy, RetryPolicy, "a RetryPolicy")
         body["retry_policy"] = _plain(retry_policy, "action_retry_policy")
     if start_to_close_timeout is not None:
-        _check_type("action_start_to_close_timeout", start_to_close_timeout, timedelta, "a timedelta")
+        check_type("action_start_to_close_timeout", start_to_close_timeout, timedelta, "a timedelta")
         if start_to_close_timeout <= timedelta(0):
             raise ValueError(f"action_start_to_close_timeout must be over zero: {start_to_close_timeout}")
         body["start_to_close_timeout_seconds"] = start_to_close_timeout.total_seconds()
@@ -101,15 +100,10 @@ def poll_request(action_id: str) -> Request:
 
 
 def check_action_id(action_id: str) -> None:
-    """Refuse an id that no platform gives: empty, or with white space or a part of a URL."""
-    _check_type("action_id", action_id, str, "text")
+    """Refuse an id that no platform gives."""
+    check_type("action_id", action_id, str, "text")
     if not _is_id(action_id) or any(char in "/\\?#%" or char.isspace() or not char.isprintable() for char in action_id):
         raise ValueError(f"not an action id: {action_id!r}")
-
-
-def _check_type(name: str, value: object, kind: type, expected: str) -> None:
-    if not isinstance(value, kind):
-        raise TypeError(f"{name} must be {expected}, not {type(value).__name__}")
 
 
 def _is_id(value: Any) -> bool:
@@ -178,12 +172,10 @@ def _to_json_object(mapping: Mapping[Any, Any], place: str, parents: frozenset[i
 
 
 def _model_dump(model: Any) -> Any:
-    """Ask for JSON mode, which pydantic's custom serialisers need, where the method can be asked."""
     try:
-        inspect.signature(model.model_dump).bind(mode="json")
-    except (TypeError, ValueError):  # ValueError: a builtin that tells nothing of its parameters
+        return model.model_dump(mode="json")  # which pydantic's custom serialisers need
+    except TypeError:  # a method of that name that has no modes
         return model.model_dump()
-    return model.model_dump(mode="json")
 
 
 def _is_unicode(text: str) -> bool:
