@@ -185,7 +185,7 @@ async def test_a_timeout_holds_while_others_take_every_slot(
     platform: LocalPlatform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A caller's timeout counts the wait for a turn among the requests of the event loop, too."""
-    monkeypatch.setattr(http_client, "MAX_SOCKETS", 1)
+    monkeypatch.setattr(http_client, "SLOTS", 1)
     monkeypatch.setattr(executor, "GRACE", 0.0)
     handle = await ActionExecutor.start("wait", 0.0)
     async with vars(asyncio.get_running_loop())[http_client.__name__]:

@@ -12,7 +12,6 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
-from .connections import MAX_SOCKETS, Lifeline, head_start
 from .wire import Answer, Failure, Reply, Request
 
 if TYPE_CHECKING:
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 
 __version__ = "1.0.0"  # of the package; the User-Agent tells it
 
+SLOTS = 64  # requests in flight per event loop
 UNWIND = 1.0  # s for a thread to notice that it was cut off, which a name lookup never does
 SLOW_THREAD = 1.0  # s of waiting for a thread that a failure mentions
 SHORTEST_SECRET = 4  # characters of a token from which it is hidden even cut short
@@ -51,7 +51,7 @@ async def send(config: SdkConfig, request: Request, timeout: float) -> Answer:
     of_loop = vars(asyncio.get_running_loop())  # a mapping of ours would keep the loop: a semaphore knows it
     slots = of_loop.get(__name__)
     if slots is None:
-        slots = of_loop[__name__] = asyncio.Semaphore(MAX_SOCKETS)
+        slots = of_loop[__name__] = asyncio.Semaphore(SLOTS)
     async with slots:
         call = _Call(config, request, timeout)
         began = time.monotonic()
@@ -75,6 +75,8 @@ class _Call:
             "Accept-Encoding": "identity",
             "User-Agent": USER_AGENT,
         }
+        from .connections import Lifeline
+
         self.timeout = timeout
         self.lifeline = Lifeline(time.monotonic() + timeout)
         self.exchange: Exchange | None = None
@@ -122,6 +124,8 @@ class _Call:
         self.queued += time.monotonic() - self.queued_since
         self.queued_since = None
         if self.exchange is None:
+            from .connections import head_start
+
             is_first = f"{__package__}.exchange" not in sys.modules
             early = head_start(self.url, self.lifeline) if is_first else None  # while it is imported
             from .exchange import Exchange
@@ -175,7 +179,7 @@ class _Call:
         self._abandon()
         message = f"timed out after {self.timeout:g} s"
         if self.exchange is not None and self.exchange.waits_for.fileno is None:
-            message += f", while all {MAX_SOCKETS} connections were in use"
+            message += ", while all connections were in use"
         return Failure(message, self.lifeline.is_sent, retryable=True)
 
     def _abandon(self) -> None:
