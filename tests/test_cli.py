@@ -19,6 +19,7 @@ from typing import Any, Callable
 
 import pytest
 
+from tests.servers import Server, silent
 from zamp_sdk import __version__, cli
 from zamp_sdk.local_platform import LocalPlatform
 
@@ -269,14 +270,33 @@ def test_an_error_that_cannot_be_told_keeps_its_exit_code(platform: LocalPlatfor
         ("GET", "goes on. To collect its result: python -m zamp_sdk result act"),
     ],
 )
+@pytest.mark.usefixtures("platform")
 def test_interrupted_anywhere(
-    method: str, words: str, platform: LocalPlatform, run: Run, interrupt_after: Callable[[str], None]
+    method: str,
+    words: str,
+    run: Run,
+    interrupt_after: Callable[[str], None],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Ctrl-C says what is left running even where it is raised inside the task."""
     interrupt_after(method)
     code, out, err = run("execute", "wait", "2")
     assert (code, out) == (130, "")
-    assert re.search(words, err)
+    assert re.search(words, err + caplog.text)
+
+
+def test_interrupted_while_starting() -> None:
+    """What the library warns of reaches the terminal: the action may have started all the same."""
+    with Server() as server:
+        server.always("POST", silent)
+        with command("execute", "x", variables={"ZAMP_BASE_URL": server.url, "ZAMP_AUTH_TOKEN": "t"}) as process:
+            deadline = time.monotonic() + 20
+            while not server.count("POST") and time.monotonic() < deadline:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGINT)
+            out, err = process.communicate(timeout=20)
+    said = "zamp-sdk: cancelled while starting action 'x': it may have started all the same\n"
+    assert (process.returncode, out, err) == (130, "", said)
 
 
 def test_serve(tmp_path: Path) -> None:
