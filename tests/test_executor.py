@@ -6,6 +6,7 @@ import asyncio
 import logging
 import re
 import sys
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, Callable
@@ -23,7 +24,7 @@ from zamp_sdk import (
     RetryPolicy,
 )
 from zamp_sdk.action_executor import executor, http_client
-from zamp_sdk.action_executor.wire import Reply
+from zamp_sdk.action_executor.wire import ActionReply, Reply
 from zamp_sdk.local_platform import LocalPlatform
 
 
@@ -193,6 +194,31 @@ async def test_a_timeout_holds_while_others_take_every_slot(
             await handle.result(timeout=timedelta(seconds=0.05))
     assert (caught.value.action_id, caught.value.waited) == (handle.id, 0.05)
     assert await handle.result(timeout=timedelta(seconds=30)) == "waited"
+
+
+async def test_a_cancellation_that_comes_with_the_result_is_not_lost(
+    platform: LocalPlatform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to Python 3.11 wait_for would swallow it, and the caller's task would go on."""
+
+    async def perform(*_: Any) -> ActionReply:
+        await asyncio.sleep(0.02)
+        return ActionReply("act", "COMPLETED", 42, None)
+
+    handle = await ActionExecutor.start("wait", 0.0)
+    monkeypatch.setattr(executor, "_perform", perform)
+
+    async def job() -> None:
+        await handle.result(timeout=timedelta(seconds=5))
+        await asyncio.sleep(5)
+
+    task = asyncio.ensure_future(job())
+    await asyncio.sleep(0)
+    loop = asyncio.get_running_loop()
+    loop.call_later(0.01, time.sleep, 0.03)  # so that both are due at once
+    loop.call_later(0.025, task.cancel)
+    await asyncio.wait({task}, timeout=2)
+    assert task.cancelled()
 
 
 async def test_unknown_id(platform: LocalPlatform) -> None:

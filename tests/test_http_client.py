@@ -7,6 +7,7 @@ import base64
 import contextlib
 import dataclasses
 import gc
+import http.client
 import os
 import shutil
 import signal
@@ -483,8 +484,7 @@ async def test_the_first_request_dials_before_its_imports(scheme: str, request: 
         connection = connections.head_start(server.url, lifeline)
         assert connection is not None
         await eventually(lambda: server.open_connections == 1)
-        assert connections.pool._leased == {connection}
-        connections.pool.give_back(connection, reusable=False)
+        connection.close()
         await eventually(lambda: server.open_connections == 0)
 
 
@@ -493,7 +493,6 @@ def test_a_head_start_that_fails_is_forgotten(url: str) -> None:
     """The request itself will meet the failure again, and tell of it."""
     lifeline = connections.Lifeline(time.monotonic() + PROMPT)
     assert connections.head_start(url.format(closed_port()), lifeline) is None
-    assert not connections.pool._leased
 
 
 @pytest.mark.parametrize("variable", ["HTTP_PROXY", "https_proxy", "NO_PROXY"])
@@ -870,6 +869,62 @@ async def test_a_loop_whose_threads_are_gone_gets_a_clear_error(pace: Pace) -> N
             await start(server.url)
         assert not caught.value.may_have_started
         assert server.connections == 0
+
+
+async def test_a_start_that_no_thread_took_is_never_sent(pace: Pace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a thread cannot be started, the executor has queued the work all the same: it must not be done later."""
+    really_start = threading.Thread.start
+
+    def start_thread(thread: threading.Thread) -> None:
+        if "ThreadPoolExecutor" in thread.name:
+            raise RuntimeError("can't start new thread")
+        really_start(thread)
+
+    loop = asyncio.get_running_loop()
+    loop.set_default_executor(ThreadPoolExecutor(2))
+    release = threading.Event()
+    busy = loop.run_in_executor(None, release.wait, PROMPT)
+    with Server() as server:
+        monkeypatch.setattr(threading.Thread, "start", start_thread)
+        with pytest.raises(HttpClientError, match="can't start new thread") as caught:
+            await start(server.url)
+        monkeypatch.undo()
+        release.set()
+        await busy
+        await asyncio.to_thread(threading.get_ident)  # whatever was queued before has been done
+        assert not caught.value.may_have_started
+        assert server.connections == 0
+
+
+@pytest.mark.parametrize("method", ["POST", "GET"])
+async def test_a_blocked_event_loop_finds_requests_over(method: str, pace: Pace) -> None:
+    """A loop that was blocked beyond the deadline gives the error of a request that timed out."""
+    with Server() as server:
+        await execute(server.url)
+        server.always(method, silent)
+        pace.hurry(method, 1, 0.2)
+        if method == "POST":
+            task: asyncio.Future[Any] = asyncio.ensure_future(start(server.url))
+        else:
+            handle: Any = ActionExecutor.get_handle(ACTION_ID, base_url=server.url, auth_token=TOKEN)
+            task = asyncio.ensure_future(handle.status())
+        for _ in range(2):  # so that the thread has it
+            await asyncio.sleep(0)
+        time.sleep(0.4)
+        with pytest.raises(HttpClientError, match="timed out") as caught:
+            await task
+        assert caught.value.may_have_started == (method == "POST")
+        assert caught.value.action_id == (None if method == "POST" else ACTION_ID)
+
+
+def test_replies_are_read_with_the_arguments_that_http_client_gives_itself() -> None:
+    """Later Pythons give HTTPResponse.begin parameters; the copy of it has their defaults."""
+    ours, theirs = exchange._Response.begin, http.client.HTTPResponse.begin
+    assert ours.__kwdefaults__ == theirs.__kwdefaults__
+    code = "def begin(self, *, _max_headers=None): return _max_headers, parse_headers"
+    names: dict[str, Any] = {}
+    exec(code, vars(http.client), names)  # a method of http.client's as it may be
+    assert exchange._copy_of(names["begin"])(None) == (None, exchange._parse_headers)
 
 
 # --- proxies ----------------------------------------------------------------------------------------------------------

@@ -69,6 +69,10 @@ def test_policy_accepts_the_bounds(field: str, value: Any) -> None:
         ("http://[::1]:8080/x", "http://[::1]:8080/x"),
         ("https://bücher.example/é", "https://xn--bcher-kva.example/%C3%A9"),
         ("https://my_host.example.", "https://my_host.example."),
+        ("https://bu\u0308cher.example", "https://xn--bcher-kva.example"),  # a combining mark
+        ("https://\u0909\u0926\u093e\u0939\u0930\u0923.example", "https://xn--p1b6ci4b4b3a.example"),
+        ("https://api\u3002example", "https://api.example"),  # a full stop of its own
+        ("https://api.example.com:000443", "https://api.example.com:443"),
     ],
 )
 def test_base_url_is_normalised(given: str, kept: str) -> None:
@@ -96,6 +100,8 @@ def test_base_url_is_normalised(given: str, kept: str) -> None:
         "https://api.example.com\\@evil.example",
         "https://[::1",
         "https://[zz]",
+        "https://[abc]",
+        "http\u017f://api.example.com",  # a long s
         "https://[v1.x]",
         "https://api.example.com:+80",
         "https://api.example.com:8_0",

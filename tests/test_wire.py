@@ -144,7 +144,20 @@ class Dumps:
         return {"day": date(2026, 1, 2)}
 
 
+class Stubborn:
+    def model_dump(self, mode: str = "python") -> Any:
+        if mode == "json":
+            raise TypeError("not in JSON mode")
+        return {"other": "data"}
+
+
 UTC = timezone.utc
+
+
+def test_an_error_of_a_model_is_not_another_dump() -> None:
+    """A TypeError out of model_dump raises; what it would give in another mode is other data."""
+    with pytest.raises(TypeError, match="not in JSON mode"):
+        sent(Stubborn())
 
 
 @pytest.mark.parametrize(

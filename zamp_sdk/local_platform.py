@@ -25,7 +25,7 @@ from typing import Any, Callable, Mapping, NamedTuple, TypeVar, overload
 
 from .action_executor.models import RetryPolicy
 
-_STOP_SECONDS = 5.0  # for running functions: a thread can't be ended from outside
+_STOP_SECONDS = 5.0  # for functions, which cannot be ended from outside
 
 _Function = Callable[[Any], Any]
 _F = TypeVar("_F", bound=_Function)
@@ -209,7 +209,7 @@ class LocalPlatform:
 
     def _run_in_thread(self, function: Callable[[], Any]) -> Future[Any]:
         result: Future[Any] = Future()
-        result.set_running_or_notify_cancel()  # a function can't be cancelled, only left behind
+        result.set_running_or_notify_cancel()  # it cannot be cancelled, only left behind
         # A daemon: no function can keep the program from exiting.
         thread = threading.Thread(target=lambda: result.set_result(function()), name="zamp-local-platform", daemon=True)
         self._threads.append(thread)
@@ -303,7 +303,7 @@ def _duration(name: str, text: Any) -> timedelta:
     return timedelta(days, seconds, hours=hours, minutes=minutes)
 
 
-# Each field's types and least value, and both in words.
+# Types, least value, and both in words.
 _RULES: dict[str, Any] = {
     "action_name": ((str,), None, "a text"),
     "params": ((dict, list, str, int, float, bool, type(None)), None, "any JSON value"),

@@ -56,8 +56,8 @@ class Lifeline:
             raise TimeoutError("timed out")
         return remaining
 
-    def hold(self, sock: socket.socket) -> None:
-        """In the thread, before it blocks on this socket; raises as ``remaining``."""
+    def hold(self, sock: socket.socket | None) -> None:
+        """In the thread, before it blocks, maybe on this socket; raises as ``remaining``."""
         with self._lock:
             self.remaining()
             self._held, self._resting = sock, False
@@ -234,16 +234,14 @@ def head_start(url: str, lifeline: Lifeline) -> Connection | None:
     if sys.platform in ("darwin", "win32") or any(name.lower().endswith("_proxy") for name in os.environ):
         return None
     connection = Connection(Key(url.startswith("https:"), url.split("/")[2]), lifeline)
-    if pool.add(connection):
-        with contextlib.suppress(Exception):  # the request itself will meet it again
-            next(connection.dialing, None)
-            return connection
-        pool.give_back(connection, reusable=False)
+    with contextlib.suppress(Exception):  # the request itself will meet it again
+        next(connection.dialing, None)
+        return connection
     return None
 
 
 def host_and_port(address: str, default_port: int) -> tuple[str, int]:
-    """Take an address apart as it stands in a URL."""
+    """Take an address apart."""
     from urllib.parse import urlsplit  # not needed to import zamp_sdk, and not cheap
 
     parts = urlsplit(f"//{address}")
@@ -251,7 +249,7 @@ def host_and_port(address: str, default_port: int) -> tuple[str, int]:
 
 
 def is_ready(sock: socket.socket, timeout: float, *, for_writing: bool = False) -> bool:
-    """Wait so many seconds for a socket, and say whether it is ready."""
+    """Wait for a socket, and say whether it is ready."""
     if hasattr(select, "poll"):  # select dies of file descriptors over 1,023
         poll = select.poll()
         poll.register(sock, select.POLLOUT if for_writing else select.POLLIN)

@@ -23,7 +23,6 @@ from .wire import Answer, Failure, Reply, Request, excerpt
 
 MAX_BODY = 64 * 1024 * 1024  # bytes
 MAX_HEADERS, MAX_LINE = 100, 64 * 1024  # headers, and bytes of each
-ROOM_INTERVAL = 0.02  # s from one look for room to the next
 
 
 class Exchange:
@@ -41,15 +40,15 @@ class Exchange:
         self._key = Key(url.startswith("https:"), "")
         self._tunnel_headers: Mapping[str, str] = {}
         self._head = b""
-        self._connection = early
+        self._connection = early if early and pool.add(early) else None
         self._response: http.client.HTTPResponse | None = None
         self._steps = self._perform()
 
     def proceed(self) -> Answer | None:
         """In a thread: go on to the answer, or return None when ``waits_for`` has to come first."""
         try:
-            if self._connection is not None:
-                self._lifeline.hold(self._connection.sock)
+            self._lifeline.hold(self._connection.sock if self._connection else None)
+            self.waits_for = Wait(-1)
             self.waits_for = next(self._steps)
         except StopIteration as stop:
             reply: Reply = stop.value
@@ -86,7 +85,7 @@ class Exchange:
 
     def _perform(self) -> Generator[Wait, None, Reply]:
         method, body = self._request.method, self._request.body
-        # An origin is for cookies, and not cheap to find.
+        # Cookies alone need an origin.
         request: Any = urllib.request.Request(self._url, body, dict(self._headers), origin_req_host="", method=method)
         request.exchange = self  # how the handler comes by it
         _opener().open(request)  # which comes to the methods above
@@ -113,7 +112,7 @@ class Exchange:
         return reply
 
     def _connect(self) -> Steps:
-        key = self._key
+        key, pause = self._key, 0.01
         while self._connection is None:
             self._connection = pool.take(key, for_start=self._request.method == "POST")
             if self._connection is not None:
@@ -122,7 +121,8 @@ class Exchange:
             if pool.add(connection):
                 self._connection = connection
             else:
-                yield Wait(None, until=time.monotonic() + ROOM_INTERVAL)
+                yield Wait(None, until=time.monotonic() + pause)
+                pause = min(2 * pause, 0.5)
         connection = self._connection
         yield from connection.dialing
         if key.tunnel_to:
@@ -230,6 +230,12 @@ def _parse_headers(fp: io.BufferedReader, **_options: Any) -> http.client.HTTPMe
     raise http.client.HTTPException(f"got more than {MAX_HEADERS} headers")
 
 
+def _copy_of(method: Any) -> Any:
+    copy = types.FunctionType(method.__code__, {**vars(http.client), "parse_headers": _parse_headers})
+    copy.__kwdefaults__ = method.__kwdefaults__
+    return copy
+
+
 class _Response(http.client.HTTPResponse):
     """It skips all informational replies (RFC 9110, 15.2), not only 100."""
 
@@ -241,9 +247,7 @@ class _Response(http.client.HTTPResponse):
             _parse_headers(self.fp)
 
     # The email package's parser takes more time than all the rest of it.
-    begin: Any = types.FunctionType(
-        http.client.HTTPResponse.begin.__code__, {**vars(http.client), "parse_headers": _parse_headers}
-    )
+    begin = _copy_of(http.client.HTTPResponse.begin)
 
 
 class _Handler(urllib.request.AbstractHTTPHandler):

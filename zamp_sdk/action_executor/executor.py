@@ -9,7 +9,7 @@ import os
 import re
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Callable, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Callable, Coroutine, Generic, TypeVar, overload
 
 from ..errors import ActionTimeoutError, ZampError
 from . import http_client, lifecycle, wire
@@ -83,14 +83,20 @@ class ActionHandle(Generic[T]):
                 self._id, clock=time.monotonic, jitter=_jitter, started_at=self._started_at, limit=limit
             )
             following = _perform(steps, self._config, observe)
-            try:  # wait_for counts the time that other requests hold every slot, too
-                self._ended = await (following if timeout is None else asyncio.wait_for(following, limit + GRACE))
-            except ZampError:  # an ActionTimeoutError is a TimeoutError too
-                raise
-            except asyncio.TimeoutError:
-                raise lifecycle.timeout_error(self._id, "", limit + GRACE) from None
+            self._ended = await (following if timeout is None else self._within(limit + GRACE, following))
         result: T = self._validated(lifecycle.outcome(self._id, self._ended))
         return result
+
+    async def _within(self, seconds: float, following: Coroutine[Any, Any, wire.ActionReply]) -> wire.ActionReply:
+        """Keep the caller's time even where other requests hold every slot."""
+        task = asyncio.ensure_future(following)
+        try:  # not wait_for, which can swallow a cancellation
+            await asyncio.wait({task}, timeout=seconds)
+            if task.done():
+                return task.result()
+        finally:
+            task.cancel()
+        raise lifecycle.timeout_error(self._id, "", seconds)
 
     def _validated(self, result: Any) -> Any:
         validate = getattr(self._return_type, "model_validate", None)

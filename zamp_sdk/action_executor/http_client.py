@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 __version__ = "1.0.0"  # of the package; the User-Agent tells it
 
 SLOTS = 64  # requests in flight per event loop
-UNWIND = 1.0  # s for a thread to notice that it was cut off, which a name lookup never does
+UNWIND = 1.0  # s for a thread to notice that it was cut off
 SLOW_THREAD = 1.0  # s of waiting for a thread that a failure mentions
 SHORTEST_SECRET = 4  # characters of a token from which it is hidden even cut short
 USER_AGENT = f"zamp-sdk/{__version__} Python/{sys.version_info[0]}.{sys.version_info[1]} {sys.platform}"
@@ -40,7 +40,7 @@ def redacted(value: Any, token: str) -> Any:
         escaped = token.replace("\\", "\\\\").replace('"', '\\"')
         for form in (escaped.replace("/", "\\/"), escaped, token):
             value = value.replace(form, "[token]")
-            if form[:SHORTEST_SECRET] in value:
+            if len(value) < 5000 and form[:SHORTEST_SECRET] in value:
                 for size in range(len(form) - 1, SHORTEST_SECRET - 1, -1):
                     value = value.replace(f"{form[:size]}...", "[token]...")
     return value
@@ -84,11 +84,10 @@ class _Call:
         self.queued = 0.0
         self.loop = asyncio.get_running_loop()
         self.awake: asyncio.Future[None] | None = None
-        self.blocked: asyncio.Task[Any] | None = None  # while it awaits a thread
-        self.is_over = self.is_stuck = False
+        self.is_over = False
 
     async def perform(self) -> Answer:
-        self.timer = self.loop.call_later(self.timeout, self._end)
+        timer = self.loop.call_later(self.timeout, self._end)
         try:
             answer = await self._in_thread()
             while answer is None:
@@ -97,7 +96,7 @@ class _Call:
             self._abandon()
             raise
         finally:
-            self.timer.cancel()
+            timer.cancel()
         queued = self.queued if self.queued_since is None else time.monotonic() - self.queued_since
         if isinstance(answer, Failure) and queued > SLOW_THREAD:
             advice = "give the loop more with loop.set_default_executor(ThreadPoolExecutor(64))"
@@ -107,17 +106,20 @@ class _Call:
     async def _in_thread(self) -> Answer | None:
         """Run a phase in a thread; at the deadline its socket is shut down under it."""
         self.queued_since = time.monotonic()
-        self.blocked = asyncio.current_task()
+        thread = self.loop.create_task(asyncio.to_thread(self._advance))
+        thread.add_done_callback(self._wake)
         try:
-            return await asyncio.to_thread(self._advance)
-        except asyncio.CancelledError:
-            if not self.is_stuck or (sys.version_info >= (3, 11) and self.blocked and self.blocked.uncancel()):
-                raise  # it was cancelled by others
-            return self._timed_out()
-        except RuntimeError as exc:  # "cannot schedule new futures", "can't start new thread"
+            await self._event()
+            if not thread.done():  # the deadline
+                self._abandon()
+                if self.queued_since is None:
+                    await asyncio.wait({thread}, timeout=UNWIND)
+            return thread.result() if thread.done() else self._timed_out()
+        except Exception as exc:  # "can't start new thread"
+            self._abandon()  # for it may be queued all the same
             return Failure(f"no thread to send it from: {exc}", self.lifeline.is_sent, retryable=False, cause=exc)
         finally:
-            self.blocked = None
+            thread.cancel()  # a phase that no thread has begun never begins
 
     def _advance(self) -> Answer | None:
         assert self.queued_since is not None
@@ -136,6 +138,8 @@ class _Call:
     async def _is_ready(self) -> bool:
         """Wait for what the exchange waits for; False at the deadline."""
         assert self.exchange is not None
+        if self.is_over:  # the socket may be closed
+            return False
         fileno, for_writing, until = self.exchange.waits_for
         loop = self.loop
         add, remove = (loop.add_writer, loop.remove_writer) if for_writing else (loop.add_reader, loop.remove_reader)
@@ -147,9 +151,7 @@ class _Call:
             return True
         timer = None if until is None else loop.call_later(until - time.monotonic(), self._wake)
         try:
-            if not self.is_over:
-                self.awake = loop.create_future()
-                await self.awake
+            await self._event()
         finally:
             if fileno is not None:
                 remove(fileno)
@@ -157,23 +159,19 @@ class _Call:
                 timer.cancel()
         return not self.is_over
 
-    def _wake(self) -> None:
+    async def _event(self) -> None:
+        """Wait for what this phase waits for, or for the deadline."""
+        if not self.is_over:
+            self.awake = self.loop.create_future()
+            await self.awake
+
+    def _wake(self, _: object = None) -> None:
         if self.awake and not self.awake.done():  # a reader or writer is called again until it is removed
             self.awake.set_result(None)
 
     def _end(self) -> None:
-        """At the deadline, end what this phase waits for; a thread gets a moment to notice."""
         self.is_over = True
-        if self.blocked is None:
-            self._wake()
-        else:
-            self._abandon()
-            self.timer = self.loop.call_later(UNWIND if self.queued_since is None else 0, self._give_up)
-
-    def _give_up(self) -> None:
-        if self.blocked is not None:
-            self.is_stuck = True
-            self.blocked.cancel()  # a phase that no thread has begun never begins
+        self._wake()
 
     def _timed_out(self) -> Failure:
         self._abandon()

@@ -119,8 +119,8 @@ def _normalize_base_url(url: str) -> str:
     """Refuse what could send the token astray."""
     from urllib.parse import quote  # not needed to import zamp_sdk, and not cheap
 
-    pattern = r"(https?)://(\[[0-9a-f:.]+(?:%[\w.-]+)?\]|[\w.-]+)(?::([0-9]{1,5}))?(/[^?#\\\x00-\x20\x7f]*)?"
-    parts = re.fullmatch(pattern, url, re.IGNORECASE)
+    host = r"\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*(?:%[\w.-]+)?\]|[^][:/?#@\\\s]+"
+    parts = re.fullmatch(rf"([Hh][Tt][Tt][Pp][Ss]?)://({host})(?::0*([0-9]{{1,5}}))?(/[^?#\\\x00-\x20\x7f]*)?", url)
     if not parts or not 0 < int(parts[3] or 443) < 2**16:
         raise ValueError(
             "base_url must be like https://host, https://host:8443 or https://host/path, without a user name, "

@@ -1,7 +1,6 @@
 """The wire format: Python values to a request's bytes, a reply's bytes to values. Pure.
 
 - What cannot be sent is refused here, naming its place (``params.items[3].due``).
-- A request's path is relative to the base URL, and an action's id is always one path segment.
 - A reply is an object, bare or inside ``{"data": {...}, "error": null}``.
 - ``error`` beside a ``status`` belongs to the action; ``error`` without one belongs to the request.
 """
@@ -10,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import math
 import re
 from datetime import date, time, timedelta
@@ -173,9 +173,10 @@ def _to_json_object(mapping: Mapping[Any, Any], place: str, parents: frozenset[i
 
 def _model_dump(model: Any) -> Any:
     try:
-        return model.model_dump(mode="json")  # which pydantic's custom serialisers need
-    except TypeError:  # a method of that name that has no modes
+        inspect.signature(model.model_dump).bind(mode="json")
+    except (TypeError, ValueError):  # it has no modes, or does not tell
         return model.model_dump()
+    return model.model_dump(mode="json")  # which pydantic's custom serialisers need
 
 
 def _is_unicode(text: str) -> bool:
