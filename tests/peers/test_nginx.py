@@ -36,7 +36,7 @@ http {{
     keepalive_requests 3;
     keepalive_timeout 1s;
     client_max_body_size 64k;
-    proxy_read_timeout 200ms;
+    proxy_read_timeout {patience};
     gzip on;
     gzip_types application/json;
 
@@ -78,7 +78,12 @@ class Nginx:
 
 @contextlib.contextmanager
 def nginx_before(
-    upstream: int, certificate: trustme.LeafCert, folder: Path, *, protocols: str = "TLSv1.2 TLSv1.3"
+    upstream: int,
+    certificate: trustme.LeafCert,
+    folder: Path,
+    *,
+    protocols: str = "TLSv1.2 TLSv1.3",
+    patience: str = "200ms",
 ) -> Iterator[Nginx]:
     """Run nginx in front of a port of 127.0.0.1, its files in this folder."""
     program = find_program("nginx", "nginx-light")
@@ -86,7 +91,8 @@ def nginx_before(
 
     def command(port: int) -> list[str]:
         config = folder / "nginx.conf"
-        config.write_text(CONFIG.format(folder=folder, port=port, upstream=upstream, protocols=protocols))
+        values = {"folder": folder, "port": port, "upstream": upstream, "protocols": protocols, "patience": patience}
+        config.write_text(CONFIG.format(**values))
         return [program, "-e", "stderr", "-p", str(folder), "-c", str(config)]
 
     with running(command, folder / "nginx.log") as port:
@@ -118,7 +124,10 @@ async def test_connections_that_nginx_ends_after_three_requests_cost_nothing(
     """100 actions at once get each its own result, are started once each, and reuse connections up to nginx's limit."""
     platform = LocalPlatform(auth_token=TOKEN)
     platform.action("echo")(lambda params: params)
-    with platform, nginx_before(int(platform.base_url.rpartition(":")[2]), localhost, tmp_path) as nginx:
+    with (
+        platform,
+        nginx_before(int(platform.base_url.rpartition(":")[2]), localhost, tmp_path, patience="20s") as nginx,
+    ):
         calls = (
             ActionExecutor.execute("echo", {"number": number}, base_url=nginx.url, auth_token=TOKEN)
             for number in range(100)
