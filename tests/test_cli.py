@@ -19,7 +19,7 @@ from typing import Any, Callable
 
 import pytest
 
-from tests.servers import Server, silent
+from tests.servers import Server, eventually, silent
 from zamp_sdk import __version__, cli
 from zamp_sdk.local_platform import LocalPlatform
 
@@ -285,14 +285,12 @@ def test_interrupted_anywhere(
     assert re.search(words, err + caplog.text)
 
 
-def test_interrupted_while_starting() -> None:
+async def test_interrupted_while_starting() -> None:
     """What the library warns of reaches the terminal: the action may have started all the same."""
     with Server() as server:
         server.always("POST", silent)
         with command("execute", "x", variables={"ZAMP_BASE_URL": server.url, "ZAMP_AUTH_TOKEN": "t"}) as process:
-            deadline = time.monotonic() + 20
-            while not server.count("POST") and time.monotonic() < deadline:
-                time.sleep(0.01)
+            await eventually(lambda: server.count("POST") == 1)
             process.send_signal(signal.SIGINT)
             out, err = process.communicate(timeout=20)
     said = "zamp-sdk: cancelled while starting action 'x': it may have started all the same\n"

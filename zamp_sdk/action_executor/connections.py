@@ -233,11 +233,16 @@ def head_start(url: str, lifeline: Lifeline) -> Connection | None:
     """Dial before it is known whether there is a proxy, if there can be none."""
     if sys.platform in ("darwin", "win32") or any(name.lower().endswith("_proxy") for name in os.environ):
         return None
-    connection = Connection(Key(url.startswith("https:"), url.split("/")[2]), lifeline)
+    connection = Connection(key_of(url), lifeline)
     with contextlib.suppress(Exception):  # the request itself will meet it again
         next(connection.dialing, None)
         return connection
     return None
+
+
+def key_of(url: str) -> Key:
+    """Where a URL leads without a proxy."""
+    return Key(url.startswith("https:"), url.split("/")[2])
 
 
 def host_and_port(address: str, default_port: int) -> tuple[str, int]:

@@ -18,7 +18,7 @@ import types
 import urllib.request
 from typing import Any, Callable, Generator, Mapping
 
-from .connections import Connection, Key, Lifeline, Steps, Wait, host_and_port, is_ready, pool
+from .connections import Connection, Key, Lifeline, Steps, Wait, host_and_port, is_ready, key_of, pool
 from .wire import Answer, Failure, Reply, Request, excerpt
 
 MAX_BODY = 64 * 1024 * 1024  # bytes
@@ -37,7 +37,7 @@ class Exchange:
         self.waits_for: Wait = Wait(-1)
         self._lifeline = lifeline
         self._url, self._request, self._headers = url, request, headers
-        self._key = Key(url.startswith("https:"), "")
+        self._key = key_of(url)
         self._tunnel_headers: Mapping[str, str] = {}
         self._head = b""
         self._connection = early if early and pool.add(early) else None
@@ -149,8 +149,8 @@ class Exchange:
         exc.__traceback__ = exc.__context__ = None  # its frames hold the token
         if self._lifeline.is_cut:
             exc = TimeoutError("timed out")
-        origin = self._url.split("/")[2]
-        if self._key.host not in ("", origin):
+        origin = key_of(self._url).host
+        if self._key.host != origin:
             origin += f" through the proxy {self._key.host}"
         what = excerpt(str(exc).encode(errors="replace")) if str(exc) else type(exc).__name__
         cause = exc if isinstance(exc, OSError) else None  # others quote the peer

@@ -66,6 +66,8 @@ class _Call:
     """One request on its way through the three phases."""
 
     def __init__(self, config: SdkConfig, request: Request, timeout: float) -> None:
+        from .connections import Lifeline
+
         self.url = config.base_url + request.path
         self.request = request
         self.headers = {
@@ -75,8 +77,6 @@ class _Call:
             "Accept-Encoding": "identity",
             "User-Agent": USER_AGENT,
         }
-        from .connections import Lifeline
-
         self.timeout = timeout
         self.lifeline = Lifeline(time.monotonic() + timeout)
         self.exchange: Exchange | None = None
@@ -126,10 +126,11 @@ class _Call:
         self.queued += time.monotonic() - self.queued_since
         self.queued_since = None
         if self.exchange is None:
-            from .connections import head_start
+            early = None
+            if f"{__package__}.exchange" not in sys.modules:  # dial meanwhile
+                from .connections import head_start
 
-            is_first = f"{__package__}.exchange" not in sys.modules
-            early = head_start(self.url, self.lifeline) if is_first else None  # while it is imported
+                early = head_start(self.url, self.lifeline)
             from .exchange import Exchange
 
             self.exchange = Exchange(self.lifeline, self.url, self.request, self.headers, early)

@@ -15,8 +15,8 @@ from ..errors import MissingConfigError
 
 
 def check_type(name: str, value: object, kind: Any, expected: str) -> None:
-    """Raise a TypeError that names the value and what it must be."""
-    if not isinstance(value, kind):
+    """Say in a TypeError what a value must be; a bool is no number."""
+    if not isinstance(value, kind) or isinstance(value, bool):
         raise TypeError(f"{name} must be {expected}, not {type(value).__name__}")
 
 
@@ -58,8 +58,7 @@ class RetryPolicy:
         )
         for name, kind, expected, zero in rules:
             value = getattr(self, name)
-            if not isinstance(value, kind) or isinstance(value, bool):
-                raise TypeError(f"{name} must be {expected}, not {type(value).__name__}")
+            check_type(name, value, kind, expected)
             if value < zero:
                 raise ValueError(f"{name} must not be negative: {value}")
         if not 1 <= self.backoff_coefficient <= sys.float_info.max:
