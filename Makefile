@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := check
-.PHONY: help install lint lint-fix format type-check test test-peers test-all soak bench layer check clean
+.PHONY: help install lint lint-fix format type-check test test-peers test-all soak fuzz bench layer check clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 14
@@ -51,6 +51,9 @@ test-all: $(INSTALLED) ## Run the tests on every Python from 3.9 on that this ma
 
 soak: $(INSTALLED) ## Run 20,000 actions against a faulty server (1 to 2 minutes)
 	$(PY) -m tests.peers.soak
+
+fuzz: $(INSTALLED) ## Read 40,000 random replies (about a minute at most)
+	$(PY) -m tests.peers.fuzz
 
 bench: $(INSTALLED) ## Measure beside the official SDK
 	$(PY) -m tests.benchmarks

@@ -108,8 +108,10 @@ def pace(monkeypatch: pytest.MonkeyPatch) -> Pace:
     monkeypatch.setattr(lifecycle, "POLL_MIN", 0.005)
     really_send = http_client.send
 
-    async def send(config: SdkConfig, request: Request, timeout: float) -> Answer:
-        return await really_send(config, request, pace.timeout(request.method, timeout))
+    async def send(
+        config: SdkConfig, request: Request, timeout: float, progress: http_client.Progress | None = None
+    ) -> Answer:
+        return await really_send(config, request, pace.timeout(request.method, timeout), progress)
 
     monkeypatch.setattr(http_client, "send", send)
     return pace

@@ -105,7 +105,7 @@ def test_failed_action(platform: LocalPlatform, run: Run) -> None:
     """A failed action is exit code 1 and the platform's reason."""
     code, out, err = run("execute", "fail")
     assert (code, out) == (1, "")
-    assert re.fullmatch(r"zamp-sdk: action act\S+ ended as FAILED: boom\n", err)
+    assert re.fullmatch(r"zamp-sdk: action act\S+ \(fail\) ended as FAILED: ValueError: boom\n", err)
 
 
 def test_wait_that_is_over(platform: LocalPlatform, run: Run) -> None:

@@ -54,3 +54,9 @@ def test_errors_survive(error: ZampError, kind: type[Exception], attributes: dic
 def test_documented_path() -> None:
     """HttpClientError is found where the official SDK documents it."""
     assert DocumentedHttpClientError is HttpClientError
+
+
+def test_positional_arguments() -> None:
+    """An HttpClientError takes status and body by position, as the official SDK's does."""
+    error = HttpClientError("m", 503, "body")
+    assert (str(error), error.status_code, error.response_body) == ("m", 503, "body")

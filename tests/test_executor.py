@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
+import pickle
 import re
+import subprocess
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any, Callable
@@ -14,6 +19,7 @@ from typing import Any, Callable
 import pydantic
 import pytest
 
+from tests.servers import TOKEN, Server, reply, silent
 from zamp_sdk import (
     ActionExecutor,
     ActionFailedError,
@@ -23,8 +29,8 @@ from zamp_sdk import (
     MissingConfigError,
     RetryPolicy,
 )
-from zamp_sdk.action_executor import executor, http_client
-from zamp_sdk.action_executor.wire import ActionReply, Reply
+from zamp_sdk.action_executor import executor, http_client, lifecycle
+from zamp_sdk.action_executor.wire import ActionReply, read_reply
 from zamp_sdk.local_platform import LocalPlatform
 
 
@@ -149,12 +155,12 @@ async def test_invalid_result(platform: LocalPlatform) -> None:
     with pytest.raises(pydantic.ValidationError) as caught:
         await handle.result()
     if sys.version_info >= (3, 11):
-        assert f"Action {handle.id} did complete" in caught.value.__notes__[0]
+        assert f"action {handle.id} (echo) did complete" in caught.value.__notes__[0]
 
 
 async def test_failed_action(platform: LocalPlatform) -> None:
     """An action that fails is a RuntimeError kind with the platform's reason."""
-    with pytest.raises(ActionFailedError, match="ended as FAILED: boom") as caught:
+    with pytest.raises(ActionFailedError, match=r"^action act\w+ \(fail\) ended as FAILED: ValueError: boom") as caught:
         await ActionExecutor.execute("fail", "boom")
     assert isinstance(caught.value, RuntimeError)
     assert caught.value.status == "FAILED"
@@ -249,47 +255,248 @@ async def test_start_that_is_over_already(platform: LocalPlatform, monkeypatch: 
     """A start whose reply has the result costs no poll."""
 
     async def completed(*_: Any) -> Any:
-        return Reply(200, {}, b'{"id": "act-1", "status": "COMPLETED", "result": 7}')
+        return read_reply(200, {}, b'{"id": "act-1", "status": "COMPLETED", "result": 7}')
 
     monkeypatch.setattr(http_client, "send", completed)
     assert await ActionExecutor.execute("echo", 1) == 7
     assert platform.requests == []
 
 
-async def test_unknown_status(platform: LocalPlatform, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A status that nobody knows is a RuntimeError kind from status() as from result()."""
+async def test_unknown_statuses_are_waited_for(
+    platform: LocalPlatform, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A status that nobody knows is waited for and warned of once; status() says that it cannot tell."""
+    statuses = iter(["QUEUED", "QUEUED", "PAUSED", "RUNNING", "COMPLETED", "QUEUED"])
 
-    async def paused(*_: Any) -> Any:
-        return Reply(200, {}, b'{"id": "act-1", "status": "PAUSED"}')
+    async def answer(*_: Any) -> Any:
+        return read_reply(200, {}, b'{"id": "act-1", "status": "%s"}' % next(statuses).encode())
 
-    monkeypatch.setattr(http_client, "send", paused)
+    monkeypatch.setattr(http_client, "send", answer)
+    monkeypatch.setattr(lifecycle, "POLL_MIN", 0.001)
     handle = ActionExecutor.get_handle("act-1")
-    with pytest.raises(ActionFailedError, match="PAUSED"):
+    await handle.result()
+    assert caplog.text.count("which this version of zamp-sdk does not know") == 1
+    with pytest.raises(HttpClientError, match="QUEUED"):
         await handle.status()
-    with pytest.raises(ActionFailedError, match="PAUSED"):
-        await handle.result()
 
 
 async def test_cancelled_execute_logs_the_id(platform: LocalPlatform, caplog: pytest.LogCaptureFixture) -> None:
-    """A cancelled execute leaves the action running, and says so with its id."""
+    """A cancelled execute leaves the action running, and says once how to collect its result."""
     task = asyncio.ensure_future(ActionExecutor.execute("wait", 5))
     while len(platform.requests) < 2:  # noqa: ASYNC110  # the platform runs in a thread
         await asyncio.sleep(0.01)
     task.cancel()
-    with pytest.raises(asyncio.CancelledError):
+    with pytest.raises(asyncio.CancelledError) as caught:
         await task
     [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert "no longer waiting for action act" in record.getMessage()
+    assert re.fullmatch(
+        r"no longer waiting for action (act\w+) \(wait\), which may go on; "
+        r"to collect its result: await ActionExecutor\.get_handle\('\1'\)\.result\(\)",
+        record.getMessage(),
+    )
+    if sys.version_info >= (3, 11):
+        assert caught.value.__notes__ == [record.getMessage()]
 
 
-async def test_cancelled_start_logs_the_doubt(platform: LocalPlatform, caplog: pytest.LogCaptureFixture) -> None:
-    """A start that is cancelled while it is under way says that the action may exist."""
+async def test_a_fault_of_ours_brings_the_id(
+    platform: LocalPlatform, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever leaves execute after the start says how to collect the result."""
+    monkeypatch.delattr(lifecycle, "poll_interval")
+    with pytest.raises(NameError):
+        await ActionExecutor.execute("wait", 5)
+    assert re.search(r"await ActionExecutor\.get_handle\('act\w+'\)\.result\(\)", caplog.text)
+
+
+async def test_who_waits_in_short_turns_is_told_once(platform: LocalPlatform, caplog: pytest.LogCaptureFixture) -> None:
+    """Each timeout of a handle is an error that tells how to go on; the warning comes with the first one alone."""
+    handle = await ActionExecutor.start("wait", 5)
+    for _ in range(3):
+        with pytest.raises(ActionTimeoutError, match="get_handle"):
+            await handle.result(timeout=timedelta(0))
+    assert caplog.text.count("no longer waiting") == 1
+
+
+async def test_cancelled_before_anything_was_sent(platform: LocalPlatform, caplog: pytest.LogCaptureFixture) -> None:
+    """A start that is cancelled before a byte of it left says that the action has not started."""
     task = asyncio.ensure_future(ActionExecutor.start("wait", 0))
     await asyncio.sleep(0)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
+    assert "cancelled while starting action 'wait': nothing was sent, so it has not started" in caplog.text
+    assert platform.requests == []
+
+
+async def test_cancelled_between_two_tries(platform: LocalPlatform, caplog: pytest.LogCaptureFixture) -> None:
+    """A start that was refused unprocessed, and is cancelled before it is sent again, has not started."""
+    platform.fail_next(status=429, retry_after=30)
+    task = asyncio.ensure_future(ActionExecutor.start("wait", 0))
+    while "waiting 30 s" not in caplog.text:  # noqa: ASYNC110  # it is told in a log
+        await asyncio.sleep(0.01)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert "nothing was sent" in caplog.text
+
+
+async def test_cancelled_start_logs_the_doubt(caplog: pytest.LogCaptureFixture) -> None:
+    """A start that is cancelled while it is under way says that the action may exist."""
+    with Server() as server:
+        server.always("POST", silent)
+        task = asyncio.ensure_future(ActionExecutor.start("act", 0, base_url=server.url, auth_token=TOKEN))
+        while not server.count("POST"):  # noqa: ASYNC110  # the server runs in threads
+            await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
     assert "may have started all the same" in caplog.text
+
+
+async def test_a_large_result_is_validated_in_a_thread(platform: LocalPlatform) -> None:
+    """A model that takes its time over a large result does not hold the event loop up; a small one stays in it."""
+
+    class Where:
+        @classmethod
+        def model_validate(cls, _: Any) -> Any:
+            return threading.current_thread() is threading.main_thread()
+
+    in_the_loop: Any = [await ActionExecutor.execute("echo", "x" * size, return_type=Where) for size in (1, 100_000)]
+    assert in_the_loop == [True, False]
+
+
+async def test_a_refused_result_is_warned_of(platform: LocalPlatform, caplog: pytest.LogCaptureFixture) -> None:
+    """On every Python a result that return_type refuses is in a warning with the id, once."""
+    with pytest.raises(pydantic.ValidationError):
+        await ActionExecutor.execute("echo", {}, return_type=Invoice)
+    [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
+    assert re.match(r"action act\w+ \(echo\) did complete; .*\.get_handle\('act\w+'\)", record.getMessage())
+
+
+@pytest.mark.parametrize("copy", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_handles_stay_where_they_are(copy: Callable[[Any], Any]) -> None:
+    """A handle, which holds the token, cannot be pickled or copied, and says what to keep instead."""
+    handle = ActionExecutor.get_handle("act-1", base_url="https://platform.example", auth_token=TOKEN)
+    with pytest.raises(TypeError, match=r"keep handle\.id"):
+        copy(handle)
+
+
+# --- who sees what ----------------------------------------------------------------------------------------------------
+
+
+def frames_of(error: BaseException) -> Iterator[Any]:
+    """Yield the frames of an error and of all that led to it."""
+    links: list[BaseException | None] = [error]
+    seen: list[BaseException] = []
+    while links:
+        link = links.pop()
+        if link is not None and link not in seen:
+            seen.append(link)
+            links += [link.__cause__, link.__context__]
+            yield from (frame for frame, _ in traceback.walk_tb(link.__traceback__))
+
+
+def assert_no_local_shows(secret: str, frames: Iterator[Any]) -> None:
+    """Check the variables in this package's frames, as an error reporter ships them."""
+    ours = [frame for frame in frames if "zamp_sdk" in frame.f_globals["__name__"]]
+    assert len(ours) >= 3
+    for frame in ours:
+        for name, value in frame.f_locals.items():
+            assert secret not in repr(value), (frame.f_code.co_name, name)
+
+
+@pytest.mark.parametrize("status", [200, 500])
+@pytest.mark.parametrize("method", ["execute", "start"])
+async def test_no_frame_of_an_error_holds_the_token(method: str, status: int) -> None:
+    """The local variables in an error's traceback do not show the token, not even where it was an argument."""
+    with Server() as server:
+        server.always("POST", reply(status, {"id": f"/{TOKEN}", "error": f"Bearer {TOKEN}"}))
+        with pytest.raises(HttpClientError) as caught:
+            await getattr(ActionExecutor, method)("act", 0, base_url=server.url, auth_token=TOKEN)
+    assert_no_local_shows(TOKEN, frames_of(caught.value))
+
+
+async def test_no_frame_of_a_suspended_task_holds_the_token(platform: LocalPlatform) -> None:
+    """The local variables of a task that waits do not show the token."""
+    task = asyncio.ensure_future(
+        ActionExecutor.execute("wait", 5, base_url=platform.base_url, auth_token=platform.auth_token)
+    )
+    while len(platform.requests) < 4:  # noqa: ASYNC110  # the platform runs in a thread
+        await asyncio.sleep(0.01)
+    awaited: Any = task.get_coro()
+    frames = []
+    while hasattr(awaited, "cr_frame"):
+        frames.append(awaited.cr_frame)
+        awaited = awaited.cr_await
+    assert_no_local_shows(platform.auth_token, iter(frames))
+    task.cancel()
+
+
+INTERRUPTIONS = {
+    "wait_for": "asyncio.run(asyncio.wait_for(ActionExecutor.execute('wait', 30), 0.5))",
+    "cancel": """
+async def main():
+    task = asyncio.ensure_future(ActionExecutor.execute('wait', 30))
+    await asyncio.sleep(0.5)
+    task.cancel()
+    await asyncio.wait([task])
+asyncio.run(main())
+""",
+    "cancelled wait_for of a handle": """
+async def main():
+    handle = await ActionExecutor.start('wait', 30)
+    await asyncio.wait_for(handle.result(), 0.5)
+asyncio.run(main())
+""",
+    "a handle's timeout": """
+async def main():
+    handle = await ActionExecutor.start('wait', 30)
+    try:
+        await handle.result(timeout=datetime.timedelta(seconds=0.3))
+    except TimeoutError:
+        pass
+asyncio.run(main())
+""",
+    "Ctrl-C": """
+threading.Timer(0.7, signal.raise_signal, [signal.SIGINT]).start()
+asyncio.run(ActionExecutor.execute('wait', 30))
+""",
+    "timeout": """
+async def main():
+    async with asyncio.timeout(0.5):
+        await ActionExecutor.execute('wait', 30)
+asyncio.run(main())
+""",
+    "TaskGroup": """
+async def fail():
+    await asyncio.sleep(0.5)
+    raise ValueError
+async def main():
+    async with asyncio.TaskGroup() as group:
+        group.create_task(ActionExecutor.execute('wait', 30))
+        group.create_task(fail())
+asyncio.run(main())
+""",
+}
+
+
+# The traceback that Python prints of these has the note once more.
+NOTED = ("wait_for", "cancelled wait_for of a handle", "timeout", "Ctrl-C")
+
+
+@pytest.mark.parametrize("interruption", INTERRUPTIONS)
+def test_by_default_a_person_sees_the_id(interruption: str, platform: LocalPlatform) -> None:
+    """However a program that sets no logging up is interrupted, stderr has, once, what collects the result."""
+    if interruption in ("timeout", "TaskGroup") and sys.version_info < (3, 11):
+        pytest.skip("came with Python 3.11")
+    script = "import asyncio, datetime, signal, threading\nfrom zamp_sdk import ActionExecutor\n"
+    script += "signal.signal(signal.SIGINT, signal.default_int_handler)\n" + INTERRUPTIONS[interruption]
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    collect = r"await ActionExecutor\.get_handle\('act\w+'\)\.result\(\)"
+    told = rf"^no longer waiting for action act\w+ \(wait\), which may go on; .*{collect}$"
+    warnings = re.findall(told, done.stderr, re.MULTILINE)
+    notes = sys.version_info >= (3, 11) and interruption in NOTED
+    assert len(warnings) == 1 + notes, done.stderr
 
 
 @pytest.mark.parametrize(

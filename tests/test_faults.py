@@ -555,16 +555,7 @@ async def test_a_body_over_the_limit_is_not_read(rest: bytes, pace: Pace, monkey
 
 
 @pytest.mark.parametrize(
-    ("action_id", "segment"),
-    [
-        ("../../admin", "..%2F..%2Fadmin"),
-        ("a?b", "a%3Fb"),
-        ("a#b", "a%23b"),
-        ("a%2Fb", "a%252Fb"),
-        ("a b\r\nX: y", "a%20b%0D%0AX%3A%20y"),
-        ("é", "%C3%A9"),
-        ("...", "..."),
-    ],
+    ("action_id", "segment"), [("act-1", "act-1"), ("a:b@c", "a%3Ab%40c"), ("é", "%C3%A9"), ("...", "...")]
 )
 async def test_an_id_is_one_segment_of_the_path(action_id: str, segment: str, pace: Pace) -> None:
     """Whatever id the platform gives, it is percent-encoded whole and never becomes a path, a query or a header."""
@@ -576,7 +567,22 @@ async def test_an_id_is_one_segment_of_the_path(action_id: str, segment: str, pa
         assert server.requests[-1].target == f"/actions/{segment}"
 
 
-@pytest.mark.parametrize("action_id", ["../../admin", "a?b", "a#b", "a%2Fb", "a b", "a\r\nb", "", ".", "..", "\ud800"])
+STRANGE_IDS = ["../../admin", "a?b", "a#b", "a%2Fb", "a b", "a\r\nb", "", ".", "..", "\ud800"]
+
+
+@pytest.mark.parametrize("action_id", STRANGE_IDS)
+async def test_a_strange_id_of_a_start_is_no_id(action_id: str, pace: Pace) -> None:
+    """What get_handle refuses is refused from a start too: the action may run, and the reply is kept whole."""
+    with Server() as server:
+        server.always("POST", reply(200, {"id": action_id}))
+        with pytest.raises(HttpClientError, match="no usable id") as caught:
+            await ActionExecutor.start("act", {}, base_url=server.url, auth_token=TOKEN)
+        assert caught.value.may_have_started
+        assert str(caught.value).isprintable()
+        assert server.count("POST") == 1
+
+
+@pytest.mark.parametrize("action_id", STRANGE_IDS)
 def test_a_strange_id_is_refused_from_a_caller(action_id: str) -> None:
     """get_handle takes no id that would need encoding."""
     with pytest.raises(ValueError, match="not an action id"):
@@ -734,7 +740,7 @@ async def test_a_reply_that_echoes_the_token_does_not_make_an_error_show_it(
     [
         {"status": "FAILED", "error": f"401 for Bearer {TOKEN}"},
         {"status": "FAILED", "error": {"message": "401", "seen": [{TOKEN: f"Bearer {TOKEN}"}]}},
-        {"status": TOKEN},
+        {"status": TOKEN, "error": TOKEN},
     ],
     ids=["text", "object", "unknown status"],
 )
@@ -749,9 +755,9 @@ async def test_an_action_that_echoes_the_token_does_not_make_its_error_show_it(
             await handle.result()
         assert_no_token(caught.value)
         if answer["status"] == TOKEN:
-            with pytest.raises(ActionFailedError) as caught:
+            with pytest.raises(HttpClientError) as unknown:
                 await handle.status()
-            assert_no_token(caught.value)
+            assert_no_token(unknown.value)
 
 
 @pytest.mark.parametrize("cut", range(-len(TOKEN), 2))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import sys
 from datetime import timedelta
 from typing import Any, Callable
 
@@ -13,18 +14,21 @@ import pytest
 from zamp_sdk import ActionFailedError, ActionTimeoutError, HttpClientError, RetryPolicy
 from zamp_sdk.action_executor import lifecycle, wire
 from zamp_sdk.action_executor.lifecycle import Send, Sleep, Steps
+from zamp_sdk.action_executor.redaction import Redactor
 from zamp_sdk.action_executor.wire import ActionReply, Answer, Failure, Reply
 
 UNSENT = Failure("connection refused", sent=False, retryable=True)
 LOST = Failure("connection reset", sent=True, retryable=True)
 UNTRUSTED = Failure("certificate verify failed", sent=False, retryable=False)
 REQUEST = wire.Request("POST", "/actions")
+TOKEN = "sk_live_0123456789abcdef"
+REDACT = Redactor(TOKEN)
 
 
 def reply(status_code: int = 200, body: Any = None, **headers: str) -> Reply:
     """Make a reply with a JSON body; ``retry_after="1"`` is a header."""
     names = {name.replace("_", "-"): value for name, value in headers.items()}
-    return Reply(status_code, names, body if isinstance(body, bytes) else json.dumps(body).encode())
+    return wire.read_reply(status_code, names, body if isinstance(body, bytes) else json.dumps(body).encode())
 
 
 STARTED = reply(body={"id": "act-1"})
@@ -39,6 +43,7 @@ class Simulation:
         self.now = 1000.0
         self.sent: list[float] = []
         self.slept: list[float] = []
+        self.warnings: list[str] = []
         self.timeouts: list[float] = []
         self._answer = answer
         self._round_trip = round_trip
@@ -67,14 +72,17 @@ class Simulation:
                 self.now += self._round_trip
             else:
                 assert step.seconds >= 0
+                self.warnings += [step.warning] if step.warning else []
                 self.slept.append(step.seconds)
                 self.now += step.seconds
 
     def start(self) -> ActionReply:
-        return self.perform(lifecycle.start(REQUEST, clock=self.clock, jitter=self.jitter))
+        return self.perform(lifecycle.start(REQUEST, clock=self.clock, jitter=self.jitter, redact=REDACT))
 
     def follow(self, *, started_at: float | None = 1000.0, limit: float = math.inf) -> ActionReply:
-        steps = lifecycle.follow("act-1", clock=self.clock, jitter=self.jitter, started_at=started_at, limit=limit)
+        steps = lifecycle.follow(
+            "act-1", clock=self.clock, jitter=self.jitter, redact=REDACT, started_at=started_at, limit=limit
+        )
         return self.perform(steps)
 
 
@@ -171,7 +179,7 @@ def test_start_keeps_the_id_of_a_refusal() -> None:
 def test_start_understands_an_envelope() -> None:
     """A start's reply may come inside an envelope, and may already have a status."""
     answer = reply(200, {"data": {"id": "act-1", "status": "COMPLETED", "result": 1}, "error": None})
-    assert always(answer).start() == ActionReply("act-1", "COMPLETED", 1, None)
+    assert always(answer).start() == ActionReply("act-1", "COMPLETED", 1, None, size=len(answer.body))
 
 
 @pytest.mark.parametrize(
@@ -179,6 +187,9 @@ def test_start_understands_an_envelope() -> None:
     [
         (reply(401, {"error": "bad token"}), "bad token (check the token: auth_token, or ZAMP_AUTH_TOKEN)"),
         (reply(307, b"", location="https://evil.example/"), "this one points to https://evil.example/"),
+        (reply(307, b""), "redirects are not followed; this one points to nowhere; check base_url"),
+        (reply(403, b""), "the token may lack the permission, or something between here and the platform"),
+        (reply(404, b""), "check the action's name, and base_url, or ZAMP_BASE_URL, with its path"),
         (reply(407, b""), "a proxy wants a user name and a password"),
         (reply(599, b"x"), "HTTP 599: x"),
     ],
@@ -307,7 +318,9 @@ def test_one_good_reply_resets_the_failures() -> None:
 def test_a_process_that_was_frozen_between_two_polls_goes_on() -> None:
     """The 5 minutes begin with the first failure: the time in which nobody asked says nothing of the platform."""
     now = 0.0
-    steps = lifecycle.follow("act-1", clock=lambda: now, jitter=lambda: 0.5, started_at=None, limit=math.inf)
+    steps = lifecycle.follow(
+        "act-1", clock=lambda: now, jitter=lambda: 0.5, redact=REDACT, started_at=None, limit=math.inf
+    )
     next(steps)
     assert isinstance(steps.send(RUNNING), Sleep)
     now = 3600.0
@@ -378,16 +391,16 @@ def test_the_limit_while_polls_fail() -> None:
 
 @pytest.mark.parametrize("status", ["COMPLETED", "FAILED", "CANCELED", "TERMINATED", "TIMED_OUT", "PAUSED"])
 def test_the_end(status: str) -> None:
-    """Every status but RUNNING ends the polling, those that nobody knows included."""
+    """Every status but RUNNING ends the polling, one that nobody knows if it comes with an error."""
     assert always(reply(200, {"status": status, "error": "e"})).follow().status == status
 
 
 def test_look() -> None:
     """Looking is one request; what is no status is an error with the id."""
-    assert always(RUNNING).perform(lifecycle.look("act-1")).status == "RUNNING"
+    assert always(RUNNING).perform(lifecycle.look("act-1", redact=REDACT)).status == "RUNNING"
     simulation = always(reply(503))
     with pytest.raises(HttpClientError) as caught:
-        simulation.perform(lifecycle.look("act-1"))
+        simulation.perform(lifecycle.look("act-1", redact=REDACT))
     assert (len(simulation.sent), caught.value.action_id) == (1, "act-1")
 
 
@@ -397,23 +410,187 @@ def test_look() -> None:
 @pytest.mark.parametrize("result", [None, 0, False, {"a": 1}])
 def test_result(result: Any) -> None:
     """A completed action has its result, whatever that is."""
-    assert lifecycle.outcome("act-1", ActionReply("act-1", "COMPLETED", result, None)) == result
+    assert lifecycle.outcome("act-1", ActionReply("act-1", "COMPLETED", result, None), redact=REDACT) == result
 
 
 @pytest.mark.parametrize("status", ["FAILED", "CANCELED", "TERMINATED", "TIMED_OUT"])
 def test_failure(status: str) -> None:
     """An action that ended without a result is an error with id, status and reason."""
     with pytest.raises(ActionFailedError, match=f"^action act-1 ended as {status}: boom$") as caught:
-        lifecycle.outcome("act-1", ActionReply(None, status, None, {"message": "boom", "code": 7}))
+        lifecycle.outcome("act-1", ActionReply(None, status, None, {"message": "boom", "code": 7}), redact=REDACT)
     assert (caught.value.action_id, caught.value.status) == ("act-1", status)
     assert caught.value.error == {"message": "boom", "code": 7}
 
 
-def test_unknown_status() -> None:
-    """A status that nobody knows is an error that says what to do, and that the action may be running."""
-    with pytest.raises(ActionFailedError, match=r"'PAUSED', which this version .* may still be running") as caught:
-        lifecycle.outcome("act-1", ActionReply(None, "PAUSED", None, None))
+def test_unknown_status_that_ended() -> None:
+    """An action that ended with a status that nobody knows is an error that says so."""
+    ended = ActionReply(None, "PAUSED", None, "boom")
+    with pytest.raises(ActionFailedError, match=r"'PAUSED', which this version .* and ended: boom") as caught:
+        lifecycle.outcome("act-1", ended, redact=REDACT)
     assert caught.value.status == "PAUSED"
+
+
+@pytest.mark.parametrize("end", [{"error": "e"}, {"result": 1}, {"result": 0}])
+def test_unknown_statuses_are_waited_for(end: dict[str, Any]) -> None:
+    """A status that nobody knows is waited for, and warned of once, unless it comes with an error or a result."""
+    queued, paused = (reply(200, {"id": "act-1", "status": status}) for status in ("QUEUED", "PAUSED"))
+    simulation = in_turn(queued, queued, paused, RUNNING, queued, COMPLETED)
+    assert simulation.follow().result == 1
+    [warning] = simulation.warnings
+    assert "act-1" in warning
+    assert "'QUEUED'" in warning
+    assert in_turn(queued, reply(200, {"status": "MERGED", **end})).follow().status == "MERGED"
+
+
+def test_looking_at_an_unknown_status() -> None:
+    """Asked how an action stands, a status that nobody knows is an error that names it, and no failed action."""
+    with pytest.raises(HttpClientError, match=r"act-1 has the status 'QUEUED'") as caught:
+        always(reply(200, {"status": "QUEUED"})).perform(lifecycle.look("act-1", redact=REDACT))
+    assert caught.value.action_id == "act-1"
+
+
+def test_the_limit_with_an_unknown_status() -> None:
+    """A wait that ends while the status is one that nobody knows tells that status."""
+    with pytest.raises(ActionTimeoutError) as caught:
+        always(reply(200, {"status": "QUEUED"})).follow(limit=10.0)
+    assert caught.value.status == "QUEUED"
+
+
+# --- what a peer wrote ------------------------------------------------------------------------------------------------
+
+
+def nested(depth: int) -> bytes:
+    """Return JSON lists inside each other."""
+    return b"[" * depth + b"]" * depth
+
+
+@pytest.mark.parametrize("error", [nested(700), nested(900), b'{"a":' * 400 + b"1" + b"}" * 400])
+def test_an_error_that_is_nested_deeply(error: bytes) -> None:
+    """However deeply an action's error is nested, it is an ActionFailedError with the id."""
+    ended = always(reply(200, b'{"status": "FAILED", "error": ' + error + b"}")).follow()
+    with pytest.raises(ActionFailedError, match=r"^action act-1 ended as FAILED: .") as caught:
+        lifecycle.outcome("act-1", ended, redact=REDACT)
+    assert caught.value.error
+
+
+DIGITS = b"7" * 5000
+LIMITS_DIGITS = hasattr(sys, "set_int_max_str_digits")
+
+
+@pytest.mark.parametrize(
+    ("result", "problem"),
+    [
+        pytest.param(
+            DIGITS, "more digits", marks=pytest.mark.skipif(not LIMITS_DIGITS, reason="this Python reads any number")
+        ),
+        (nested(200_000), "nested too deeply"),
+    ],
+)
+def test_what_can_never_be_read(result: bytes, problem: str) -> None:
+    """Valid JSON that Python cannot read is said at once, as what it is, and with the id where that can be read."""
+    answer = reply(200, b'{"id": "act-1", "status": "COMPLETED", "result": ' + result + b"}")
+    simulation = in_turn(answer)
+    with pytest.raises(HttpClientError, match=problem) as caught:
+        simulation.follow()
+    assert caught.value.action_id == "act-1"
+    assert "not JSON" not in str(caught.value)
+    with pytest.raises(HttpClientError, match=problem) as caught:
+        always(answer).start()
+    assert caught.value.may_have_started
+    assert caught.value.action_id == ("act-1" if result == DIGITS else None)
+
+
+@pytest.mark.skipif(not LIMITS_DIGITS, reason="this Python reads any number")
+def test_a_long_number_in_what_is_not_json() -> None:
+    """A body that is broken off after a number of too many digits is not JSON, and asked for again."""
+    answer = reply(200, b'{"status": "COMPLETED", "result": ' + DIGITS)
+    assert in_turn(answer, COMPLETED).follow().result == 1
+
+
+@pytest.mark.parametrize("action_id", ["act_999", "a/b", 7, ["act-1"], "ACT-1"])
+def test_a_poll_that_names_another_action(action_id: Any) -> None:
+    """A reply about another action is no reply, and the platform is asked again."""
+    other = reply(200, {"id": action_id, "status": "COMPLETED", "result": "another's"})
+    assert in_turn(other, COMPLETED).follow().result == 1
+
+
+@pytest.mark.parametrize(
+    "action_id", ["a/b", "a b", "a%b", "a\\b", "a?b", "a#b", "a\r\nb", "\x1b[31mred", " act-1", "\ud800"]
+)
+def test_an_id_that_get_handle_refuses(action_id: str) -> None:
+    """What get_handle refuses is no id of a start either: it is shown on one printable line, and kept whole."""
+    with pytest.raises(ValueError, match="not an action id"):
+        wire.check_action_id(action_id)
+    with pytest.raises(HttpClientError, match="no usable id, but") as caught:
+        always(reply(200, {"id": action_id})).start()
+    assert str(caught.value).isprintable()
+    assert (caught.value.action_id, caught.value.may_have_started) == (None, True)
+    assert json.dumps(action_id) in str(caught.value.response_body)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        reply(307, b"", location="https://evil.example/" + "x" * 60_000),
+        reply(302, b"", location="/\x1b[2J\r\n\x07"),
+        reply(500, {"error": "\x1b[2J" + "x\n" * 60_000}),
+        reply(500, b"\x1b[2J" + b"x\r\n" * 60_000),
+        reply(200, {"error": {"message": "\x1b[2J" + "x\n" * 60_000}}),
+        reply(200, b"\x1b[2J" + b"x\n" * 60_000),
+    ],
+)
+def test_what_a_peer_wrote_is_one_printable_line(answer: Reply) -> None:
+    """Messages show a few hundred printable characters of a peer's text; attributes have it whole."""
+    with pytest.raises(HttpClientError) as caught:
+        always(answer).start()
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
+    assert caught.value.response_body == answer.body.decode()
+    assert caught.value.headers == answer.headers
+
+
+def test_a_long_error_of_an_action_is_one_printable_line() -> None:
+    """An action's error is shown in a few hundred printable characters, and kept whole."""
+    error = "\x1b[2J" + "x\n" * 1_000_000
+    with pytest.raises(ActionFailedError) as caught:
+        lifecycle.outcome("act-1", ActionReply(None, "FAILED", None, error), redact=REDACT)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < 1000
+    assert caught.value.error == error
+
+
+def test_a_failure_names_its_action_and_its_type() -> None:
+    """An action that failed is told by its name and its error's type, where they are known."""
+    error = {"message": "expired", "type": "CardError"}
+    with pytest.raises(ActionFailedError) as caught:
+        lifecycle.outcome("act-1", ActionReply(None, "FAILED", None, error), redact=REDACT, action_name="charge_card")
+    assert str(caught.value) == "action act-1 (charge_card) ended as FAILED: CardError: expired"
+
+
+@pytest.mark.parametrize("echo", [TOKEN, f"Bearer {TOKEN} is wrong", TOKEN.replace("s", "\\u0073"), TOKEN[:12] + "..."])
+@pytest.mark.parametrize("code", [200, 307, 401, 500])
+def test_no_error_shows_the_token(echo: str, code: int) -> None:
+    """A reply that echoes the token does not bring it into an error's message or attributes."""
+    body = f'{{"error": {{"message": "{echo}"}}}}'.encode()
+    with pytest.raises(HttpClientError) as caught:
+        always(reply(code, body, location=f"/{echo}", **{echo.replace("-", "_"): echo})).start()
+    assert "sk_live_0123" not in f"{caught.value} {vars(caught.value)}"
+
+
+@pytest.mark.parametrize("token", ["act", "act-1", "test", "RUN", "FAILED", "token", "status"])
+def test_a_token_like_our_own_words(token: str) -> None:
+    """Ids, statuses, attribute names and our own words stay as they are, whatever the token is."""
+    redact = Redactor(token, "asking for action", "zamp-sdk")
+    with pytest.raises(ActionFailedError) as failed:
+        lifecycle.outcome("act-1", ActionReply("act-1", "FAILED", None, "no"), redact=redact)
+    assert str(failed.value) == "action act-1 ended as FAILED: no"
+    assert vars(failed.value) == {"message": str(failed.value), "action_id": "act-1", "status": "FAILED", "error": "no"}
+    steps = lifecycle.look("act-1", redact=redact)
+    next(steps)
+    with pytest.raises(HttpClientError) as refused:
+        steps.send(reply(400, {"error": "no"}))
+    assert str(refused.value) == "asking for action act-1: HTTP 400 Bad Request: no"
+    assert refused.value.action_id == "act-1"
 
 
 def seconds(value: float) -> timedelta:
@@ -449,4 +626,4 @@ def test_wait_limit_of_a_billion_attempts() -> None:
 def test_steps_are_plain_data() -> None:
     """A step compares by what it says."""
     assert Sleep(1.0) == Sleep(1.0, None)
-    assert next(lifecycle.look("a/b")) == Send(wire.Request("GET", "/actions/a%2Fb"), 30.0)
+    assert next(lifecycle.look("a/b", redact=REDACT)) == Send(wire.Request("GET", "/actions/a%2Fb"), 30.0)

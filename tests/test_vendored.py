@@ -67,7 +67,7 @@ def program(package: str = "zamp_sdk") -> str:
 
 def printed(package: str = "zamp_sdk") -> list[str]:
     """What that program prints."""
-    return [f"{package}: 42 8", f"{package}: ID ended as FAILED: no funds"]
+    return [f"{package}: 42 8", f"{package}: ID (fail) ended as FAILED: ValueError: no funds"]
 
 
 def run(

@@ -20,7 +20,7 @@ class ZampError(Exception):
 
 
 class HttpClientError(ZampError):
-    """A request failed: a reply that is no success, a network failure, or no reply in time.
+    """A request failed: a reply that is no success or cannot be used, a network failure, or no reply in time.
 
     Attributes:
         message: What happened and what to do about it.
@@ -35,9 +35,9 @@ class HttpClientError(ZampError):
     def __init__(
         self,
         message: str,
-        *,
         status_code: int | None = None,
         response_body: str | None = None,
+        *,
         headers: Mapping[str, str] | None = None,
         action_id: str | None = None,
         may_have_started: bool = False,
@@ -51,11 +51,12 @@ class HttpClientError(ZampError):
 
 
 class ActionFailedError(ZampError, RuntimeError):
-    """The action ended without a result, or has a status that this version does not know.
+    """The action ended without a result that can be returned.
 
     Attributes:
         action_id: The action that failed.
-        status: ``FAILED``, ``CANCELED``, ``TERMINATED``, ``TIMED_OUT``, or the unknown status.
+        status: ``FAILED``, ``CANCELED``, ``TERMINATED``, ``TIMED_OUT``, or one that this version
+            does not know, if it came with an error or a result.
         error: The platform's ``error`` as it came: text, an object, or ``None``.
     """
 

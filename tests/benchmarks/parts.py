@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from zamp_sdk.action_executor import lifecycle, wire
+from zamp_sdk.action_executor.redaction import Redactor
 
 from .laboratory import LATENCIES, OURS, SDKS, THEIRS, Laboratory
 from .report import Part, Row, ratios
@@ -275,6 +276,7 @@ def _simulated(seconds: float, chance: random.Random) -> tuple[float, int]:
         "act",
         clock=lambda: now,
         jitter=chance.random,
+        redact=Redactor(),
         started_at=0.0,
         limit=2 * seconds + 60,  # never in the way
     )
@@ -284,7 +286,7 @@ def _simulated(seconds: float, chance: random.Random) -> tuple[float, int]:
             polls += 1
             if now >= seconds:
                 return now - seconds, polls
-            step = steps.send(wire.Reply(200, {}, b'{"id": "act", "status": "RUNNING"}'))
+            step = steps.send(wire.read_reply(200, {}, b'{"id": "act", "status": "RUNNING"}'))
         else:
             now += step.seconds
             step = next(steps)

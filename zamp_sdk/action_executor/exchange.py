@@ -19,7 +19,7 @@ import urllib.request
 from typing import Any, Callable, Generator, Mapping
 
 from .connections import Connection, Key, Lifeline, Steps, Wait, host_and_port, is_ready, key_of, pool
-from .wire import Answer, Failure, Reply, Request, excerpt
+from .wire import Answer, Failure, Reply, Request, excerpt, read_reply
 
 MAX_BODY = 64 * 1024 * 1024  # bytes
 MAX_HEADERS, MAX_LINE = 100, 64 * 1024  # headers, and bytes of each
@@ -101,7 +101,7 @@ class Exchange:
         while not stream.has_begun(response):
             yield from lifeline.until_ready(connection.sock)
         response.begin()
-        reply = Reply(
+        reply = read_reply(
             response.status, {name.lower(): value for name, value in response.headers.raw_items()}, _read(response)
         )
         lifeline.remaining()  # a socket that was shut down reads like one that has ended

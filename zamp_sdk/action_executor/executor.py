@@ -9,11 +9,12 @@ import os
 import re
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Callable, Coroutine, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Callable, Coroutine, Generic, NoReturn, TypeVar, overload
 
-from ..errors import ActionTimeoutError, ZampError
+from ..errors import ActionFailedError, ZampError
 from . import http_client, lifecycle, wire
 from .models import ActionStatus, RetryPolicy, SdkConfig, check_type
+from .redaction import Redactor
 
 T = TypeVar("T")
 LONG_RETRY = 5.0  # s of waiting from which a failure is worth a warning
@@ -23,7 +24,10 @@ Observer = Callable[[lifecycle.Step], None]
 
 
 class ActionHandle(Generic[T]):
-    """An action on the platform; made by ``ActionExecutor.start`` and ``get_handle``."""
+    """An action on the platform; made by ``ActionExecutor.start`` and ``get_handle``.
+
+    A handle belongs to the process that made it and cannot be pickled or copied; its ``id`` is what to keep.
+    """
 
     def __init__(
         self,
@@ -31,6 +35,7 @@ class ActionHandle(Generic[T]):
         config: SdkConfig,
         return_type: type[T] | None,
         *,
+        action_name: str | None = None,
         started_at: float | None = None,
         limit: float = math.inf,
         reply: wire.ActionReply | None = None,
@@ -40,10 +45,16 @@ class ActionHandle(Generic[T]):
         self._return_type = return_type
         self._started_at = started_at
         self._limit = limit
-        self._ended = reply if reply is not None and reply.status not in (None, ActionStatus.RUNNING) else None
+        self._action_name = action_name
+        self._redact = Redactor(config.auth_token)
+        self._ended = reply if reply is not None and lifecycle.is_over(reply) else None
+        self._told: set[str] = set()
 
     def __repr__(self) -> str:
         return f"<ActionHandle {self._id!r} at {self._config.base_url}>"
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("an ActionHandle holds the token, and cannot be pickled or copied; keep handle.id instead")
 
     @property
     def id(self) -> str:
@@ -51,10 +62,12 @@ class ActionHandle(Generic[T]):
         return self._id
 
     async def status(self) -> ActionStatus:
-        """Ask the platform once how the action stands; HttpClientError if it cannot be asked."""
-        reply = await _perform(lifecycle.look(self._id), self._config)
-        if reply.status not in ActionStatus.__members__:
-            lifecycle.outcome(self._id, reply)
+        """Ask the platform once how the action stands.
+
+        Raises:
+            HttpClientError: The platform cannot be asked, or gives a status that this version does not know.
+        """
+        reply = await _perform(lifecycle.look(self._id, redact=self._redact), self._config)
         return ActionStatus(reply.status)
 
     async def result(self, timeout: timedelta | None = None) -> T:
@@ -69,22 +82,51 @@ class ActionHandle(Generic[T]):
             ActionTimeoutError: The wait is over; the action goes on.
             HttpClientError: The platform cannot be asked; the action goes on.
         """
-        return await self._wait(timeout)
+        _check_timeout(timeout)
+        try:
+            return await self._wait(timeout)
+        except ActionFailedError:  # it has ended, and the error says all there is to say
+            raise
+        except BaseException as exc:  # a cancellation, Ctrl-C, an error of the wait, or a fault of ours
+            self._tell(exc)
+            raise
+
+    def _tell(self, exc: BaseException) -> None:
+        """Say in a note and, once, in a warning what has become of the action and how to collect its result."""
+        action = lifecycle.name_of(self._id, self._action_name)
+        collect = f"await ActionExecutor.get_handle({self._id!r}).result()"
+        if self._ended is None:
+            text = f"no longer waiting for {action}, which may go on; to collect its result: {collect}"
+        else:
+            text = (
+                f"{action} did complete; only its result did not become what return_type describes; "
+                f"to collect it as it came: {collect}"
+            )
+        _add_note(exc, text)
+        if text not in self._told:  # who waits in short turns is told once
+            self._told.add(text)
+            http_client.logger.warning("%s", text)
 
     async def _wait(self, timeout: timedelta | None, observe: Observer | None = None) -> T:
-        limit = self._limit
-        if timeout is not None:
-            check_type("timeout", timeout, timedelta, "a timedelta")
-            if timeout < timedelta(0):
-                raise ValueError(f"timeout must not be negative: {timeout}")
-            limit = timeout.total_seconds()
+        _check_timeout(timeout)
+        limit = self._limit if timeout is None else timeout.total_seconds()
         if self._ended is None:
             steps = lifecycle.follow(
-                self._id, clock=time.monotonic, jitter=_jitter, started_at=self._started_at, limit=limit
+                self._id,
+                clock=time.monotonic,
+                jitter=_jitter,
+                redact=self._redact,
+                started_at=self._started_at,
+                limit=limit,
             )
             following = _perform(steps, self._config, observe)
             self._ended = await (following if timeout is None else self._within(limit + GRACE, following))
-        result: T = self._validated(lifecycle.outcome(self._id, self._ended))
+        value = lifecycle.outcome(self._id, self._ended, redact=self._redact, action_name=self._action_name)
+        validate = getattr(self._return_type, "model_validate", None)
+        if validate is not None:
+            large = self._ended.size > wire.LARGE_BODY
+            value = await asyncio.to_thread(validate, value) if large else validate(value)
+        result: T = value
         return result
 
     async def _within(self, seconds: float, following: Coroutine[Any, Any, wire.ActionReply]) -> wire.ActionReply:
@@ -97,17 +139,6 @@ class ActionHandle(Generic[T]):
         finally:
             task.cancel()
         raise lifecycle.timeout_error(self._id, "", seconds)
-
-    def _validated(self, result: Any) -> Any:
-        validate = getattr(self._return_type, "model_validate", None)
-        if validate is None:
-            return result
-        try:
-            return validate(result)
-        except Exception as exc:
-            if hasattr(exc, "add_note"):  # Python 3.11
-                exc.add_note(f"Action {self._id} did complete; only its result is not what return_type describes.")
-            raise
 
 
 class ActionExecutor:
@@ -173,21 +204,18 @@ class ActionExecutor:
             HttpClientError: A request failed; it tells whether the action runs.
             ActionFailedError, ActionTimeoutError: As for ``ActionHandle.result``.
         """
-        handle: ActionHandle[Any] = await ActionExecutor.start(
+        config = _resolve(base_url, auth_token)
+        del auth_token  # error reporters ship the local variables of frames
+        handle = await _start(
+            config,
             action_name,
             params,
-            base_url=base_url,
-            auth_token=auth_token,
             summary=summary,
             return_type=return_type,
-            action_retry_policy=action_retry_policy,
-            action_start_to_close_timeout=action_start_to_close_timeout,
+            retry_policy=action_retry_policy,
+            start_to_close_timeout=action_start_to_close_timeout,
         )
-        try:
-            return await handle.result()
-        except (*INTERRUPTED, ActionTimeoutError):
-            http_client.logger.warning("no longer waiting for action %s (%r), which goes on", handle.id, action_name)
-            raise
+        return await handle.result()
 
     if TYPE_CHECKING:
 
@@ -233,29 +261,15 @@ class ActionExecutor:
     ) -> ActionHandle[Any]:
         """Start an action as ``execute`` does, and return its handle as soon as it has an id."""
         config = _resolve(base_url, auth_token)
-        request = wire.start_request(
+        del auth_token  # error reporters ship the local variables of frames
+        return await _start(
+            config,
             action_name,
             params,
             summary=summary,
+            return_type=return_type,
             retry_policy=action_retry_policy,
             start_to_close_timeout=action_start_to_close_timeout,
-            idempotency_key=os.urandom(16).hex(),
-        )
-        try:
-            reply = await _perform(lifecycle.start(request, clock=time.monotonic, jitter=_jitter), config)
-        except INTERRUPTED:
-            http_client.logger.warning(
-                "cancelled while starting action %r: it may have started all the same", action_name
-            )
-            raise
-        assert reply.id is not None
-        return ActionHandle(
-            reply.id,
-            config,
-            return_type,
-            started_at=time.monotonic(),
-            limit=lifecycle.wait_limit(action_retry_policy, action_start_to_close_timeout),
-            reply=reply,
         )
 
     if TYPE_CHECKING:
@@ -285,6 +299,62 @@ class ActionExecutor:
         return ActionHandle(action_id, _resolve(base_url, auth_token), return_type)
 
 
+async def _start(
+    config: SdkConfig,
+    action_name: str,
+    params: Any,
+    *,
+    summary: str | None,
+    return_type: type | None,
+    retry_policy: RetryPolicy | None,
+    start_to_close_timeout: timedelta | None,
+) -> ActionHandle[Any]:
+    """Start an action; whoever is interrupted meanwhile is told whether it may exist."""
+    request = wire.start_request(
+        action_name,
+        params,
+        summary=summary,
+        retry_policy=retry_policy,
+        start_to_close_timeout=start_to_close_timeout,
+        idempotency_key=os.urandom(16).hex(),
+    )
+    limit = lifecycle.wait_limit(retry_policy, start_to_close_timeout)  # nothing may go wrong once the action has an id
+    steps = lifecycle.start(request, clock=time.monotonic, jitter=_jitter, redact=Redactor(config.auth_token))
+    progress = http_client.Progress()
+    try:
+        reply = await _perform(steps, config, progress=progress)
+    except ZampError:  # which says it itself
+        raise
+    except BaseException as exc:  # a cancellation, Ctrl-C, or a fault of ours
+        fate = "it may have started all the same" if progress.sent else "nothing was sent, so it has not started"
+        what = "cancelled" if isinstance(exc, INTERRUPTED) else "failed"
+        text = f"{what} while starting action {action_name!r}: {fate}"
+        _add_note(exc, text)
+        http_client.logger.warning("%s", text)
+        raise
+    return ActionHandle(
+        reply.id,
+        config,
+        return_type,
+        action_name=action_name,
+        started_at=time.monotonic(),
+        limit=limit,
+        reply=reply,
+    )
+
+
+def _add_note(exc: BaseException, text: str) -> None:
+    if hasattr(exc, "add_note"):  # Python 3.11
+        exc.add_note(text)
+
+
+def _check_timeout(timeout: timedelta | None) -> None:
+    if timeout is not None:
+        check_type("timeout", timeout, timedelta, "a timedelta")
+        if timeout < timedelta(0):
+            raise ValueError(f"timeout must not be negative: {timeout}")
+
+
 def _jitter() -> float:
     return int.from_bytes(os.urandom(4), "big") / 2**32  # the random module is slow to import
 
@@ -306,36 +376,30 @@ def _warn_of_plain_http(base_url: str) -> None:
         )
 
 
-async def _perform(steps: lifecycle.Steps, config: SdkConfig, observe: Observer | None = None) -> wire.ActionReply:
+async def _perform(
+    steps: lifecycle.Steps,
+    config: SdkConfig,
+    observe: Observer | None = None,
+    progress: http_client.Progress | None = None,
+) -> wire.ActionReply:
+    """Perform the lifecycle's steps; ``progress`` is that of the request whose fate is open."""
     answer = None
     while True:
         try:
             step = steps.send(answer)
         except StopIteration as stop:
             reply: wire.ActionReply = stop.value
-            if reply.status == ActionStatus.COMPLETED:
-                return reply  # its result is the action's own
-            status, error = (http_client.redacted(value, config.auth_token) for value in (reply.status, reply.error))
-            return reply._replace(status=status, error=error)
-        except ZampError as exc:
-            _redact(exc, config.auth_token)
-            raise
-        if isinstance(step, lifecycle.Sleep) and step.failure:
-            step = step._replace(failure=http_client.redacted(step.failure, config.auth_token))
+            return reply
         if observe is not None:
             observe(step)
         if isinstance(step, lifecycle.Send):
-            answer = await http_client.send(config, step.request, step.timeout)
+            answer = await http_client.send(config, step.request, step.timeout, progress)
         else:
             answer = None
+            if progress is not None:
+                progress.sent = False  # for only a start that cannot exist is tried again
+            if step.warning:
+                http_client.logger.warning("%s", step.warning)
             if step.failure and step.seconds > LONG_RETRY:
                 http_client.logger.warning("waiting %.0f s to try again: %s", step.seconds, step.failure)
             await asyncio.sleep(step.seconds)
-
-
-def _redact(exc: BaseException | None, token: str) -> None:
-    """Take the token out of what an error quotes."""
-    if isinstance(exc, ZampError):
-        vars(exc).update(http_client.redacted(vars(exc), token))
-        exc.args = (exc.message,)
-        _redact(exc.__cause__, token)

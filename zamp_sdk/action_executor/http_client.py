@@ -10,8 +10,9 @@ import asyncio
 import logging
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from .redaction import Redactor
 from .wire import Answer, Failure, Reply, Request
 
 if TYPE_CHECKING:
@@ -23,30 +24,19 @@ __version__ = "1.0.0"  # of the package; the User-Agent tells it
 SLOTS = 64  # requests in flight per event loop
 UNWIND = 1.0  # s for a thread to notice that it was cut off
 SLOW_THREAD = 1.0  # s of waiting for a thread that a failure mentions
-SHORTEST_SECRET = 4  # characters of a token from which it is hidden even cut short
 USER_AGENT = f"zamp-sdk/{__version__} Python/{sys.version_info[0]}.{sys.version_info[1]} {sys.platform}"
 
 logger: logging.Logger = logging.getLogger("zamp_sdk")
-logger.addHandler(logging.NullHandler())
 
 
-def redacted(value: Any, token: str) -> Any:
-    """Take the token out of what a peer may have echoed it into, also cut short or as JSON writes it."""
-    if isinstance(value, dict):
-        return {redacted(name, token): redacted(item, token) for name, item in value.items()}
-    if isinstance(value, list):
-        return [redacted(item, token) for item in value]
-    if isinstance(value, str):
-        escaped = token.replace("\\", "\\\\").replace('"', '\\"')
-        for form in (escaped.replace("/", "\\/"), escaped, token):
-            value = value.replace(form, "[token]")
-            if len(value) < 5000 and form[:SHORTEST_SECRET] in value:
-                for size in range(len(form) - 1, SHORTEST_SECRET - 1, -1):
-                    value = value.replace(f"{form[:size]}...", "[token]...")
-    return value
+class Progress:
+    """How far a request has come, for whoever is interrupted while it is under way."""
+
+    sent: bool = False
+    """Whether a byte of the request may have left."""
 
 
-async def send(config: SdkConfig, request: Request, timeout: float) -> Answer:
+async def send(config: SdkConfig, request: Request, timeout: float, progress: Progress | None = None) -> Answer:
     """Send a request; ``timeout`` is in seconds, and waiting for a slot does not count."""
     of_loop = vars(asyncio.get_running_loop())  # a mapping of ours would keep the loop: a semaphore knows it
     slots = of_loop.get(__name__)
@@ -55,9 +45,18 @@ async def send(config: SdkConfig, request: Request, timeout: float) -> Answer:
     async with slots:
         call = _Call(config, request, timeout)
         began = time.monotonic()
-        answer = await call.perform()
+        try:
+            answer = await call.perform()
+        finally:
+            if progress is not None:
+                progress.sent = call.lifeline.is_sent
+    if isinstance(answer, Failure):
+        redactor = Redactor(config.auth_token)
+        echoes = redactor.text(str(answer.cause)) != str(answer.cause)
+        cause = None if echoes else answer.cause
+        answer = answer._replace(message=redactor.text(answer.message), cause=cause)
     if logger.isEnabledFor(logging.DEBUG):
-        outcome = answer.status_code if isinstance(answer, Reply) else redacted(answer.message, config.auth_token)
+        outcome = answer.status_code if isinstance(answer, Reply) else answer.message
         logger.debug("%s %s: %s, %.0f ms", request.method, call.url, outcome, (time.monotonic() - began) * 1000)
     return answer
 

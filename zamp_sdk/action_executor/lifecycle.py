@@ -1,7 +1,9 @@
 """The life of an action as plain data: what to send next, how long to wait, when to stop. Pure.
 
 A generator yields *steps* (``Send``, ``Sleep``), is sent what became of each ``Send`` (a ``Reply`` or a ``Failure``),
-and returns what was asked for or raises. ``clock`` (monotonic seconds) and ``jitter`` (0 to 1) are arguments.
+and returns what was asked for or raises. ``clock`` (monotonic seconds) and ``jitter`` (0 to 1) are arguments. So is
+``redact``: here, and nowhere else, text that a peer wrote in a reply is put into an error, without the token and on one
+printable line; attributes have the whole of it. A ``Failure``'s message comes fit to be shown.
 
 - The POST is sent again only if the action provably cannot exist: nothing was sent, or the platform refused it.
 - A poll is sent again after whatever may pass.
@@ -11,11 +13,12 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any, Callable, Generator, NamedTuple, Union
+from typing import TYPE_CHECKING, Any, Callable, Generator, Mapping, NamedTuple, Union
 
 from ..errors import ActionFailedError, ActionTimeoutError, HttpClientError
 from . import wire
 from .models import ActionStatus, RetryPolicy
+from .redaction import Redactor, one_line
 from .wire import ActionReply, Answer, Failure, Reply, Request
 
 if TYPE_CHECKING:
@@ -29,6 +32,7 @@ POLL_MIN, POLL_MAX, POLL_FRACTION = 0.1, 30.0, 0.25  # s, s, and the share of th
 BACKOFF_MIN, BACKOFF_MAX = 0.5, 30.0  # s
 RETRY_AFTER_MAX = 120.0  # s that a refused poll may be told to wait
 MINIMUM_WAIT_LIMIT = 3600.0  # s
+REASON_SHOWN = 500  # characters of the reason for a failure that a message shows: a long sentence or two
 
 
 class Send(NamedTuple):
@@ -39,11 +43,14 @@ class Send(NamedTuple):
 
 
 class Sleep(NamedTuple):
-    """Wait this many seconds; ``failure`` says why, if one is the reason."""
+    """Wait this many seconds; ``failure`` says why, if one is the reason, and ``warning`` what people should know."""
 
     seconds: float
     failure: str | None = None
+    warning: str | None = None
 
+
+STARTING = "starting the action"  # what a message says was being done
 
 Step = Union[Send, Sleep]
 Steps = Generator[Step, Any, ActionReply]
@@ -51,15 +58,15 @@ Clock = Callable[[], float]
 Jitter = Clock
 
 
-def start(request: Request, *, clock: Clock, jitter: Jitter) -> Steps:
-    """Start an action, and return the platform's reply, which has an id."""
+def start(request: Request, *, clock: Clock, jitter: Jitter, redact: Redactor) -> Steps:
+    """Start an action, and return the platform's reply, whose id is one."""
     began = clock()
     attempt = 0
     while True:
         attempt += 1
         answer: Answer = yield Send(request)
         if isinstance(answer, Reply) and 200 <= answer.status_code < 300:
-            return _accepted(answer)
+            return _accepted(answer, redact)
         wait = backoff(attempt, jitter())
         if isinstance(answer, Reply):
             told_to_wait = wire.retry_after(answer.headers)
@@ -69,7 +76,7 @@ def start(request: Request, *, clock: Clock, jitter: Jitter) -> Steps:
         else:
             refused = answer.retryable and not answer.sent
             may_have_started = answer.sent
-        error = _http_error("starting the action", answer, may_have_started=may_have_started)
+        error = _http_error(STARTING, answer, redact, may_have_started=may_have_started)
         if not refused or attempt == START_TRIES or clock() - began + wait > START_WINDOW:
             raise error
         yield Sleep(wait, str(error))
@@ -80,6 +87,7 @@ def follow(
     *,
     clock: Clock,
     jitter: Jitter,
+    redact: Redactor,
     started_at: float | None,
     limit: float,
 ) -> Steps:
@@ -91,18 +99,24 @@ def follow(
     began = failing_since = clock()
     failures = 0
     status = ""
+    has_warned = False
     while True:
         asked = clock()
         answer: Answer = yield Send(request, max(1.0, min(REQUEST_TIMEOUT, began + limit - asked)))
         now = clock()
         age = None if started_at is None else now - started_at
         told_to_wait = wire.retry_after(answer.headers) if isinstance(answer, Reply) else None
-        reply, problem, may_pass = _read_poll(answer, age)
-        error = None
+        reply, problem, may_pass = _read_poll(action_id, answer, age, redact)
+        error = warning = None
         if reply is not None:
-            if reply.status != ActionStatus.RUNNING:
+            if is_over(reply):
                 return reply
-            status, failures = reply.status, 0
+            status, failures = str(reply.status), 0
+            if status not in ActionStatus.__members__:
+                status = redact.text(status)
+                if not has_warned:
+                    warning = f"{_unknown(action_id, status)}; waiting for one that it does know"
+                has_warned = True
             if told_to_wait is not None:
                 wait = min(max(told_to_wait, POLL_MIN), POLL_MAX)
             else:
@@ -110,7 +124,7 @@ def follow(
                 # From one sending to the next; but a slow platform is left half of it in peace.
                 wait = max(interval - (now - asked), interval / 2)
         else:
-            error = _http_error(f"asking for action {action_id}", answer, problem, action_id=action_id)
+            error = _http_error(_asking(action_id), answer, redact, problem, action_id=action_id)
             if failures == 0:
                 failing_since = asked  # not the last good reply's time: a process may freeze
             if not may_pass or now - failing_since >= POLL_FAILURE_WINDOW:
@@ -122,31 +136,44 @@ def follow(
             wait = min(wait, failing_since + POLL_FAILURE_WINDOW - now)
         if now - began >= limit:
             raise timeout_error(action_id, status, now - began) from error
-        yield Sleep(min(wait, began + limit - now), error.message if error else None)
+        yield Sleep(min(wait, began + limit - now), error.message if error else None, warning)
 
 
-def look(action_id: str) -> Steps:
-    """Ask once how an action stands."""
+def look(action_id: str, *, redact: Redactor) -> Steps:
+    """Ask once how an action stands; the reply's status is one that this version knows."""
     answer: Answer = yield Send(wire.poll_request(action_id))
-    reply, problem, _ = _read_poll(answer, None)
-    if reply is None:
-        raise _http_error(f"asking for action {action_id}", answer, problem, action_id=action_id)
-    return reply
+    reply, problem, _ = _read_poll(action_id, answer, None, redact)
+    if reply is not None and reply.status in ActionStatus.__members__:
+        return reply
+    if reply is not None:
+        problem = _unknown(action_id, redact.text(str(reply.status)))
+    raise _http_error(_asking(action_id), answer, redact, problem, action_id=action_id)
 
 
-def outcome(action_id: str, reply: ActionReply) -> Any:
+def is_over(reply: ActionReply) -> bool:
+    """Whether an action has ended; with a status that nobody knows it has if there is an error or a result."""
+    if reply.status in ActionStatus.__members__:
+        return reply.status != ActionStatus.RUNNING
+    return reply.status is not None and (reply.error is not None or reply.result is not None)
+
+
+def outcome(action_id: str, reply: ActionReply, *, redact: Redactor, action_name: str | None = None) -> Any:
     """Return the result of an action that has ended; or raise an ActionFailedError."""
     if reply.status == ActionStatus.COMPLETED:
-        return reply.result
-    known = reply.status in ActionStatus.__members__
-    if known:
-        message = f"action {action_id} ended as {reply.status}: {wire.reason(reply.error)}"
+        return reply.result  # the action's own, whatever is in it
+    action = name_of(action_id, action_name)
+    status, error = str(reply.status), redact.json(reply.error)
+    if status in ActionStatus.__members__:
+        message = f"{action} ended as {status}: {one_line(wire.reason(error), REASON_SHOWN)}"
     else:
-        message = (
-            f"action {action_id} has the status {reply.status!r}, which this version of zamp-sdk does not know: "
-            "it may still be running; upgrade zamp-sdk"
-        )
-    raise ActionFailedError(message, action_id=action_id, status=str(reply.status), error=reply.error)
+        status = redact.text(status)
+        message = f"{_unknown(action_id, status)}, and ended: {one_line(wire.reason(error), REASON_SHOWN)}"
+    raise ActionFailedError(message, action_id=action_id, status=status, error=error)
+
+
+def name_of(action_id: str, action_name: str | None) -> str:
+    """Name an action for people: by its id, and by its name where that is known."""
+    return f"action {action_id}" + (f" ({one_line(action_name)})" if action_name else "")
 
 
 @functools.lru_cache(maxsize=8)
@@ -178,21 +205,20 @@ def backoff(failures: int, jitter: float) -> float:
     return jitter * min(BACKOFF_MAX, BACKOFF_MIN * 2.0 ** min(failures - 1, 16))
 
 
-def _accepted(answer: Reply) -> ActionReply:
+def _accepted(answer: Reply, redact: Redactor) -> ActionReply:
     """Take the id out of a successful start."""
-    action_id = problem = None
-    try:
-        reply = wire.parse_action(answer.body)
-    except ValueError as exc:
-        problem = f"the reply is {exc}"
-    else:
-        action_id = reply.id
+    reply, problem, action_id = answer.action, answer.problem, None
+    if reply is not None:
+        if wire.is_action_id(reply.id):
+            action_id = reply.id
+        elif reply.id not in (None, "") and problem is None:
+            problem = f"the reply has no usable id, but {one_line(redact.text(wire.reason(reply.id)))}"
         if reply.error and reply.status is None:
-            problem = wire.reason(reply.error)
-        elif action_id is not None:
+            problem = one_line(redact.text(wire.reason(reply.error)), REASON_SHOWN)
+        elif action_id is not None and problem is None:
             return reply
     problem = problem or "the reply has no usable id"
-    raise _http_error("starting the action", answer, problem, action_id=action_id, may_have_started=True)
+    raise _http_error(STARTING, answer, redact, problem, action_id=action_id, may_have_started=True)
 
 
 def _is_doubtful(reply: Reply) -> bool:
@@ -201,7 +227,9 @@ def _is_doubtful(reply: Reply) -> bool:
     return code < 200 or code >= 500 or code in (301, 302, 303, 408, 425)
 
 
-def _read_poll(answer: Answer, age: float | None) -> tuple[ActionReply | None, str | None, bool]:
+def _read_poll(
+    action_id: str, answer: Answer, age: float | None, redact: Redactor
+) -> tuple[ActionReply | None, str | None, bool]:
     """Return the reply if it tells a status; or else what is wrong with it, and whether asking again may help."""
     if isinstance(answer, Failure):
         return None, answer.message, answer.retryable
@@ -209,20 +237,22 @@ def _read_poll(answer: Answer, age: float | None) -> tuple[ActionReply | None, s
     if not 200 <= code < 300:
         starting = code == 404 and age is not None and age < POLL_NOT_FOUND_GRACE
         return None, None, starting or code < 200 or code >= 500 or code in (408, 425, 429)
-    try:
-        reply = wire.parse_action(answer.body)
-    except ValueError as exc:
-        return None, f"the reply is {exc}", True
-    if reply.status is not None:
+    reply = answer.action
+    if reply is not None and reply.id is not None and reply.id != action_id:
+        return None, "the reply is about another action", True
+    if answer.problem is not None:
+        return None, answer.problem, answer.may_pass
+    if reply is not None and reply.status is not None:
         return reply, None, True
-    if reply.error:
-        return None, wire.reason(reply.error), False
+    if reply is not None and reply.error:
+        return None, one_line(redact.text(wire.reason(reply.error)), REASON_SHOWN), False
     return None, "the reply has no status", True
 
 
 def _http_error(
     doing: str,
     answer: Answer,
+    redact: Redactor,
     problem: str | None = None,
     *,
     action_id: str | None = None,
@@ -238,21 +268,50 @@ def _http_error(
     from http.client import responses  # only errors need the phrase
 
     code = answer.status_code
+    body = redact.text(answer.body.decode(errors="replace"))
+    if problem is None:
+        problem = one_line(redact.text(wire.refusal_reason(answer.body)), REASON_SHOWN) or "(empty)"
+    elif answer.action is None:
+        problem += f": {one_line(body) or '(empty)'}"
     title = f"HTTP {code} {responses.get(code, '')}".rstrip()
-    message = f"{doing}: {title}: {problem or wire.refusal_reason(answer.body)}"
-    if 300 <= code < 400:
-        message += f" (redirects are not followed; this one points to {answer.headers.get('location', 'nowhere')})"
-    elif code in (401, 403):
-        message += " (check the token: auth_token, or ZAMP_AUTH_TOKEN)"
-    elif code == 407:
-        message += " (a proxy wants a user name and a password, in HTTPS_PROXY or HTTP_PROXY)"
+    headers = redact.json(dict(answer.headers))
     return HttpClientError(
-        message + doubt,
+        f"{doing}: {title}: {problem}{_advice(doing, code, headers)}{doubt}",
         status_code=code,
-        response_body=answer.body.decode(errors="replace"),
-        headers=answer.headers,
+        response_body=body,
+        headers=headers,
         action_id=action_id,
         may_have_started=may_have_started,
+    )
+
+
+def _advice(doing: str, code: int, headers: Mapping[str, str]) -> str:
+    """Say what a person should do about a refusal."""
+    advice = ""
+    if 300 <= code < 400:
+        target = one_line(headers.get("location", "")) or "nowhere"
+        advice = f"redirects are not followed; this one points to {target}; check base_url, or ZAMP_BASE_URL"
+    elif code == 401:
+        advice = "check the token: auth_token, or ZAMP_AUTH_TOKEN"
+    elif code == 403:
+        advice = "the token may lack the permission, or something between here and the platform may forbid it"
+    elif code == 404 and doing == STARTING:
+        advice = "check the action's name, and base_url, or ZAMP_BASE_URL, with its path"
+    elif code == 404:
+        advice = "check the id, and that base_url, or ZAMP_BASE_URL, is the platform where the action was started"
+    elif code == 407:
+        advice = "a proxy wants a user name and a password, in HTTPS_PROXY or HTTP_PROXY"
+    return f" ({advice})" if advice else ""
+
+
+def _asking(action_id: str) -> str:
+    return f"asking for action {action_id}"
+
+
+def _unknown(action_id: str, status: str) -> str:
+    return (
+        f"action {action_id} has the status {one_line(status)!r}, which this version of zamp-sdk does not know "
+        "(a newer one may)"
     )
 
 

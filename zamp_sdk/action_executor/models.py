@@ -120,6 +120,8 @@ def _normalize_base_url(url: str) -> str:
 
     host = r"\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*(?:%[\w.-]+)?\]|[^][:/?#@\\\s]+"
     parts = re.fullmatch(rf"([Hh][Tt][Tt][Pp][Ss]?)://({host})(?::0*([0-9]{{1,5}}))?(/[^?#\\\x00-\x20\x7f]*)?", url)
+    if "://" not in url:  # not quoted: it may be a secret in the wrong place
+        raise ValueError("base_url has no scheme; did you mean https:// in front of it? It must be like https://host")
     if not parts or not 0 < int(parts[3] or 443) < 2**16:
         raise ValueError(
             "base_url must be like https://host, https://host:8443 or https://host/path, without a user name, "

@@ -3,6 +3,7 @@
 - What cannot be sent is refused here, naming its place (``params.items[3].due``).
 - A reply is an object, bare or inside ``{"data": {...}, "error": null}``.
 - ``error`` beside a ``status`` belongs to the action; ``error`` without one belongs to the request.
+- ``read_reply`` is called in a thread, so that no body, however long, is read in the event loop.
 """
 
 from __future__ import annotations
@@ -17,6 +18,9 @@ from enum import Enum
 from typing import Any, Mapping, NamedTuple, Union
 
 from .models import RetryPolicy, check_type
+from .redaction import one_line
+
+LARGE_BODY = 64 * 1024  # bytes from which JSON keeps an event loop busy for over a millisecond, and belongs in a thread
 
 
 class Request(NamedTuple):
@@ -28,12 +32,36 @@ class Request(NamedTuple):
     body: bytes | None = None
 
 
+class ActionReply(NamedTuple):
+    """What a reply says about an action."""
+
+    id: Any
+    """As the platform wrote it: ``is_action_id`` says whether it is one."""
+    status: str | None
+    result: Any
+    error: Any
+    size: int = 0
+    """Bytes of the body that it came in."""
+
+    def __repr__(self) -> str:  # without what a peer wrote, as a Reply's
+        return f"<ActionReply of {self.size} bytes>"
+
+
 class Reply(NamedTuple):
-    """What came back; header names are in lower case."""
+    """What came back; header names are in lower case. ``read_reply`` makes it."""
 
     status_code: int
     headers: Mapping[str, str]
     body: bytes
+    action: ActionReply | None = None
+    """What a successful reply says, if it can be read as far as that."""
+    problem: str | None = None
+    """Why a successful reply cannot be used, in our own words."""
+    may_pass: bool = True
+    """Whether asking again may help against the problem."""
+
+    def __repr__(self) -> str:  # error reporters ship the repr of variables, and a peer may have echoed the token
+        return f"<Reply {self.status_code} of {len(self.body)} bytes>"
 
 
 class Failure(NamedTuple):
@@ -48,15 +76,6 @@ class Failure(NamedTuple):
 
 
 Answer = Union[Reply, Failure]
-
-
-class ActionReply(NamedTuple):
-    """What a reply says about an action."""
-
-    id: str | None
-    status: str | None
-    result: Any
-    error: Any
 
 
 def start_request(
@@ -102,13 +121,18 @@ def poll_request(action_id: str) -> Request:
 def check_action_id(action_id: str) -> None:
     """Refuse an id that no platform gives."""
     check_type("action_id", action_id, str, "text")
-    if not _is_id(action_id) or any(char in "/\\?#%" or char.isspace() or not char.isprintable() for char in action_id):
-        raise ValueError(f"not an action id: {action_id!r}")
+    if not is_action_id(action_id):
+        raise ValueError(f"not an action id: {one_line(repr(action_id))}")
 
 
-def _is_id(value: Any) -> bool:
+def is_action_id(value: Any) -> bool:
+    """Whether an id, of a start's reply or of a caller, is one that can be printed, copied and asked for."""
     # "." and ".." are the two segments that percent-encoding leaves a path.
-    return isinstance(value, str) and value.strip() not in ("", ".", "..") and _is_unicode(value)
+    return (
+        isinstance(value, str)
+        and value not in ("", ".", "..")
+        and not any(char in "/\\?#%" or char.isspace() or not char.isprintable() for char in value)
+    )
 
 
 def _plain(value: Any, place: str) -> Any:
@@ -199,49 +223,97 @@ def _dump(value: Any) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def _load(body: bytes) -> Any:
-    import json
-
+def read_reply(status_code: int, headers: Mapping[str, str], body: bytes) -> Reply:
+    """Make a reply of what came; what a successful one says is read here."""
+    reply = Reply(status_code, headers, body)
+    if not 200 <= status_code < 300:
+        return reply
     try:
-        return json.loads(body)
-    except (ValueError, RecursionError):
-        raise ValueError(f"not JSON: {excerpt(body)}") from None
+        return reply._replace(action=parse_action(body))
+    except UnreadableError as exc:
+        return reply._replace(action=exc.action, problem=f"the reply {exc}", may_pass=False)
+    except ValueError as exc:
+        return reply._replace(problem=f"the reply {exc}")
+
+
+class UnreadableError(ValueError):
+    """Valid JSON that this Python cannot read, now or later; ``action`` is what can be read of it."""
+
+    def __init__(self, problem: str, action: ActionReply | None = None) -> None:
+        super().__init__(problem)
+        self.action = action
 
 
 def parse_action(body: bytes) -> ActionReply:
     """Read what a successful reply says about an action; a ValueError if it is not a JSON object."""
-    value = _load(body)
+    try:
+        return _action(_load(body), len(body))
+    except _TooManyDigitsError:
+        readable = _action(_load(body, parse_int=lambda _digits: None), len(body))
+        raise UnreadableError(
+            "has a number of more digits than this Python reads (sys.set_int_max_str_digits(0) lifts that limit)",
+            readable,
+        ) from None
+
+
+def _load(body: bytes, **options: Any) -> Any:
+    from json import JSONDecodeError, loads
+
+    try:
+        return loads(body, **options)
+    except RecursionError:
+        raise UnreadableError("is JSON that is nested too deeply to be read") from None
+    except (JSONDecodeError, UnicodeDecodeError):
+        raise ValueError("is not JSON") from None
+    except ValueError:  # the only other one is int's; what follows the number has not been read yet
+        raise _TooManyDigitsError("has a number of too many digits") from None
+
+
+class _TooManyDigitsError(ValueError):
+    """A number has more digits than ``int`` converts; what follows it has not been read."""
+
+
+def _action(value: Any, size: int) -> ActionReply:
     if not isinstance(value, dict):
-        raise ValueError(f"not a JSON object: {excerpt(body)}")
+        raise ValueError("is not a JSON object")
     error = value.get("error")
     if "data" in value and "id" not in value and "status" not in value:
         value = value["data"] if isinstance(value["data"], dict) else {}
-    action_id, status = value.get("id"), value.get("status")
+    status = value.get("status")
     return ActionReply(
-        id=action_id if _is_id(action_id) else None,
+        id=value.get("id"),
         status=status if isinstance(status, str) and status else None,
         result=value.get("result"),
         error=value.get("error") or error,
+        size=size,
     )
 
 
 def reason(error: Any) -> str:
     """Say an ``error`` in words."""
     if isinstance(error, Mapping) and isinstance(error.get("message"), str):
-        error = error["message"]
+        kind, error = error.get("type"), error["message"]
+        if isinstance(kind, str) and kind:
+            error = f"{kind}: {error}"
     if error is None or error == "":
         return "no reason given"
-    return error if isinstance(error, str) else _dump(error)
+    if isinstance(error, str):
+        return error
+    try:
+        return _dump(error)
+    except RecursionError:
+        return "a reason that is nested too deeply to be shown"
 
 
 def refusal_reason(body: bytes) -> str:
-    """Say why a request was refused, as its body has it."""
-    with contextlib.suppress(ValueError, AttributeError):  # it may be anything
-        fields = _load(body)
-        for key in ("error", "detail", "message"):
-            if fields.get(key):
-                return excerpt(reason(fields[key]).encode(errors="replace"))
-    return excerpt(body)
+    """Say why a request was refused, as its body has it: whole, and as the peer wrote it."""
+    if len(body) <= LARGE_BODY:  # this is asked in the event loop
+        with contextlib.suppress(ValueError, AttributeError):  # it may be anything
+            fields = _load(body)
+            for key in ("error", "detail", "message"):
+                if fields.get(key):
+                    return reason(fields[key])
+    return body.decode(errors="replace")
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
@@ -261,6 +333,4 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
 
 def excerpt(body: bytes) -> str:
     """Return how a text begins, on one line that is safe to print."""
-    text = " ".join(body[:800].decode(errors="replace").split())
-    text = "".join(char if char.isprintable() else "?" for char in text)
-    return (text if len(text) <= 200 and len(body) <= 800 else text[:200] + "...") or "(empty)"
+    return one_line(body.decode(errors="replace")) or "(empty)"

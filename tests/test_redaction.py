@@ -1,0 +1,142 @@
+"""What a peer wrote is shown without secrets and on one line; nothing else is touched."""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+import random
+import string
+from typing import Any, Callable
+from urllib.parse import quote
+
+import pytest
+
+from zamp_sdk.action_executor.redaction import Redactor, one_line
+
+TOKEN = "sk_live_0123456789/+=&\"'<>\\x"
+WRITTEN: dict[str, Callable[[str], str]] = {
+    "plain": lambda text: text,
+    "JSON": lambda text: json.dumps(text)[1:-1],
+    "JSON in JSON": lambda text: json.dumps(json.dumps(text)[1:-1])[1:-1],
+    "JSON with \\/": lambda text: json.dumps(text)[1:-1].replace("/", "\\/"),
+    "JSON for HTML": lambda text: "".join(char if char.isalnum() else f"\\u{ord(char):04x}" for char in text),
+    "URL": lambda text: quote(text, safe=""),
+    "URL, path": quote,
+    "URL, lower case": lambda text: "".join(char if char.isalnum() else f"%{ord(char):02x}" for char in text),
+    "URL in URL": lambda text: quote(quote(text, safe=""), safe=""),
+    "HTML": html.escape,
+    "HTML, decimal": lambda text: "".join(char if char.isalnum() else f"&#{ord(char)};" for char in text),
+    "HTML in HTML": lambda text: html.escape(html.escape(text)),
+    "base64": lambda text: base64.b64encode(text.encode()).decode(),
+    "base64 for URLs": lambda text: base64.urlsafe_b64encode(text.encode()).decode(),
+    "base64 in a URL": lambda text: quote(base64.b64encode(text.encode()).decode(), safe=""),
+}
+
+
+@pytest.mark.parametrize("form", WRITTEN)
+def test_forms(form: str) -> None:
+    """A secret is found as it is, and as each format writes it."""
+    shown = Redactor(TOKEN).text(f"seen {WRITTEN[form](TOKEN)}, twice {WRITTEN[form](TOKEN)}!")
+    assert shown.replace("=", "").replace("%3D", "") == "seen [token], twice [token]!"
+
+
+def test_several_secrets() -> None:
+    """Every secret is found, the credentials of a proxy as Basic sends them too."""
+    redactor = Redactor(TOKEN, "user:pass word", "pass word")
+    echoed = base64.b64encode(b"user:pass word").decode()
+    shown = redactor.text(f"Basic {echoed}; pass+word; pass%20word; {TOKEN}")
+    assert shown.replace("=", "") == "Basic [token]; [token]; [token]; [token]"
+
+
+@pytest.mark.parametrize("size", range(8, len(TOKEN)))
+@pytest.mark.parametrize("end", ["", "...", "…"])
+def test_cut_short(size: int, end: str) -> None:
+    """The beginning of a secret is found where a peer's text, or a peer's excerpt, ends."""
+    assert Redactor(TOKEN).text(f"seen {TOKEN[:size]}{end}") == f"seen [token]{end}"
+
+
+@pytest.mark.parametrize("text", ["sk_live_ is a prefix", "sk_live_0123 and more", "token", "sk_live..."])
+def test_what_is_no_secret(text: str) -> None:
+    """A beginning that is followed by other words, or that is too short, stays."""
+    assert Redactor(TOKEN).text(text) == text
+
+
+@pytest.mark.parametrize("secret", ["", "a", "test", "RUNNING"])
+def test_short_secrets_are_left_alone(secret: str) -> None:
+    """What is shorter than 8 characters cannot be told from innocent words."""
+    text = f"a test of {secret} RUNNING {secret}..."
+    assert Redactor(secret).text(text) == text
+
+
+def test_json() -> None:
+    """Texts and names anywhere in a JSON value are without secrets; the value given stays as it was."""
+    value = {"a": [TOKEN, {TOKEN: [None, 1, 2.5, True, f"x{TOKEN}"]}], "b": {}}
+    before = json.dumps(value)
+    assert Redactor(TOKEN).json(value) == {"a": ["[token]", {"[token]": [None, 1, 2.5, True, "x[token]"]}], "b": {}}
+    assert json.dumps(value) == before
+    assert Redactor(TOKEN).json(TOKEN) == "[token]"
+    assert Redactor(TOKEN).json(None) is None
+
+
+def test_json_of_any_depth() -> None:
+    """However deeply a value is nested, it is read to its end."""
+    value: Any = TOKEN
+    for _ in range(100_000):
+        value = [value]
+    clean = Redactor(TOKEN).json(value)
+    for _ in range(100_000):
+        [clean] = clean
+        [value] = value
+    assert clean == "[token]"
+
+
+def test_long_secrets() -> None:
+    """A token of several kilobytes, as a JSON Web Token may be, is a secret as any other, whole and cut short."""
+    token = "eyJ" + "aB3-_." * 1500
+    assert Redactor(token).text(f"{token} {token[:7000]}...") == "[token] [token]..."
+
+
+def test_repr() -> None:
+    """The repr of a redactor does not show its secrets."""
+    assert TOKEN not in repr(Redactor(TOKEN))
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("plain", "plain"),
+        ("", ""),
+        (" two\r\n lines\t", "two lines"),
+        ("\x1b[31mred\x07\x00", "?[31mred??"),
+        ("\u202eevil\u2066", "?evil?"),
+        ("\ud800", "?"),
+        ("ü…日本", "ü…日本"),
+        ("x" * 200, "x" * 200),
+        ("x" * 201, "x" * 200 + "..."),
+        ("\n" * 10_000 + "x", "..."),
+    ],
+)
+def test_one_line(text: str, line: str) -> None:
+    """A text is shown on one printable line of at most 200 characters."""
+    assert one_line(text) == line
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_random_tokens_and_texts(seed: int) -> None:
+    """Whatever the token is, no echo of it survives, and a text without it stays as it is."""
+    dice = random.Random(seed)
+    printable = "".join(map(chr, range(33, 127)))
+    for _ in range(50):
+        alphabet = dice.choice([printable, string.ascii_letters + string.digits + "-_.", "ab", string.punctuation])
+        token = "".join(dice.choices(alphabet, k=dice.randrange(8, 60)))
+        words = ["".join(dice.choices("ghijk \n\x1b'\"{}", k=dice.randrange(30))) + "~" for _ in range(6)]
+        redactor = Redactor(token)
+        if not any(token in form for form in (" ".join(words), " ")):
+            assert redactor.text(" ".join(words)) == " ".join(words)
+        for form, write in WRITTEN.items():
+            echo = write(token)
+            shown = redactor.text(f"{words[0]}={echo} {words[1]}")
+            assert echo not in shown, (token, form)
+            assert token not in shown, (token, form)
+            assert shown.startswith(words[0][:1]), (token, form)
