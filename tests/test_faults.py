@@ -618,6 +618,14 @@ async def test_a_bad_base_url_fails_before_the_network(base_url: str, resolver: 
     assert caught.value.__context__ is None or caught.value.__suppress_context__
 
 
+@pytest.mark.parametrize("base_url", ["api.example.com", "localhost:8080", "api.example.com/v1", "hunter2"])
+async def test_a_base_url_without_a_scheme(base_url: str) -> None:
+    """A forgotten scheme is named, with what to put there; the URL is not quoted, for it may be a token."""
+    with pytest.raises(ValueError, match="did you mean https:// in front of it") as caught:
+        await start(base_url)
+    assert base_url not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("path", "target"),
     [
