@@ -9,27 +9,41 @@ import os
 import re
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Callable, Coroutine, Generic, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Callable, Coroutine, Generic, Protocol, TypeVar, overload
 
 from ..errors import ActionTimeoutError, ZampError
 from . import http_client, lifecycle, wire
 from .models import ActionStatus, RetryPolicy, SdkConfig, check_type
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 LONG_RETRY = 5.0  # s of waiting from which a failure is worth a warning
 GRACE = 2.0  # s beyond a caller's timeout for a poll under way
 INTERRUPTED = (asyncio.CancelledError, KeyboardInterrupt)  # to Python 3.10 Ctrl-C is either in a task
 Observer = Callable[[lifecycle.Step], None]
 
 
-class ActionHandle(Generic[T]):
+if TYPE_CHECKING:
+
+    class Model(Protocol):
+        """What a ``return_type`` needs for its type to be the result's: pydantic models have it, own classes may."""
+
+        @classmethod
+        def model_validate(cls: type[T], obj: Any, /) -> T:  # noqa: PYI019  # typing.Self came with Python 3.11
+            """Return an instance made of an action's result, or raise what tells why not."""
+            ...
+
+    ModelT = TypeVar("ModelT", bound=Model)
+
+
+class ActionHandle(Generic[T_co]):
     """An action on the platform; made by ``ActionExecutor.start`` and ``get_handle``."""
 
     def __init__(
         self,
         action_id: str,
         config: SdkConfig,
-        return_type: type[T] | None,
+        return_type: type[T_co] | None,
         *,
         started_at: float | None = None,
         limit: float = math.inf,
@@ -57,7 +71,7 @@ class ActionHandle(Generic[T]):
             lifecycle.outcome(self._id, reply)
         return ActionStatus(reply.status)
 
-    async def result(self, timeout: timedelta | None = None) -> T:
+    async def result(self, timeout: timedelta | None = None) -> T_co:
         """Wait until the action ends and return its result; may be called again and again.
 
         Args:
@@ -71,7 +85,7 @@ class ActionHandle(Generic[T]):
         """
         return await self._wait(timeout)
 
-    async def _wait(self, timeout: timedelta | None, observe: Observer | None = None) -> T:
+    async def _wait(self, timeout: timedelta | None, observe: Observer | None = None) -> T_co:
         limit = self._limit
         if timeout is not None:
             check_type("timeout", timeout, timedelta, "a timedelta")
@@ -84,7 +98,7 @@ class ActionHandle(Generic[T]):
             )
             following = _perform(steps, self._config, observe)
             self._ended = await (following if timeout is None else self._within(limit + GRACE, following))
-        result: T = self._validated(lifecycle.outcome(self._id, self._ended))
+        result: T_co = self._validated(lifecycle.outcome(self._id, self._ended))
         return result
 
     async def _within(self, seconds: float, following: Coroutine[Any, Any, wire.ActionReply]) -> wire.ActionReply:
@@ -124,10 +138,10 @@ class ActionExecutor:
             base_url: str | None = None,
             auth_token: str | None = None,
             summary: str | None = None,
-            return_type: type[T],
+            return_type: type[ModelT],
             action_retry_policy: RetryPolicy | None = None,
             action_start_to_close_timeout: timedelta | None = None,
-        ) -> T: ...
+        ) -> ModelT: ...
 
         @overload
         @staticmethod
@@ -138,7 +152,7 @@ class ActionExecutor:
             base_url: str | None = None,
             auth_token: str | None = None,
             summary: str | None = None,
-            return_type: None = None,
+            return_type: Any = None,
             action_retry_policy: RetryPolicy | None = None,
             action_start_to_close_timeout: timedelta | None = None,
         ) -> Any: ...
@@ -160,11 +174,11 @@ class ActionExecutor:
         Args:
             action_name: The action's name on the platform.
             params: Any JSON value, with dataclasses, ``model_dump``, dates, times, timedeltas, UUIDs, Decimals and
-                Enums anywhere in it.
+                Enums anywhere in it. Large ones are turned into JSON in a thread: change them only after the return.
             base_url: The platform's URL; default: ``ZAMP_BASE_URL``.
             auth_token: The bearer token; default: ``ZAMP_AUTH_TOKEN``.
             summary: What the platform shows people about this run.
-            return_type: Its ``model_validate`` makes the result; a type without one only tells a type checker.
+            return_type: Its ``model_validate`` makes the result; a type without one leaves it as it came.
             action_retry_policy: How the platform retries the action's attempts; default: the platform's.
             action_start_to_close_timeout: The limit of one attempt; default: the platform's.
 
@@ -200,10 +214,10 @@ class ActionExecutor:
             base_url: str | None = None,
             auth_token: str | None = None,
             summary: str | None = None,
-            return_type: type[T],
+            return_type: type[ModelT],
             action_retry_policy: RetryPolicy | None = None,
             action_start_to_close_timeout: timedelta | None = None,
-        ) -> ActionHandle[T]: ...
+        ) -> ActionHandle[ModelT]: ...
 
         @overload
         @staticmethod
@@ -214,7 +228,7 @@ class ActionExecutor:
             base_url: str | None = None,
             auth_token: str | None = None,
             summary: str | None = None,
-            return_type: None = None,
+            return_type: Any = None,
             action_retry_policy: RetryPolicy | None = None,
             action_start_to_close_timeout: timedelta | None = None,
         ) -> ActionHandle[Any]: ...
@@ -233,7 +247,8 @@ class ActionExecutor:
     ) -> ActionHandle[Any]:
         """Start an action as ``execute`` does, and return its handle as soon as it has an id."""
         config = _resolve(base_url, auth_token)
-        request = wire.start_request(
+        prepare = functools.partial(
+            wire.start_request,
             action_name,
             params,
             summary=summary,
@@ -241,6 +256,7 @@ class ActionExecutor:
             start_to_close_timeout=action_start_to_close_timeout,
             idempotency_key=os.urandom(16).hex(),
         )
+        request = prepare() if wire.is_small(params) else await _off_the_loop(prepare)
         try:
             reply = await _perform(lifecycle.start(request, clock=time.monotonic, jitter=_jitter), config)
         except INTERRUPTED:
@@ -263,13 +279,13 @@ class ActionExecutor:
         @overload
         @staticmethod
         def get_handle(
-            action_id: str, *, base_url: str | None = None, auth_token: str | None = None, return_type: type[T]
-        ) -> ActionHandle[T]: ...
+            action_id: str, *, base_url: str | None = None, auth_token: str | None = None, return_type: type[ModelT]
+        ) -> ActionHandle[ModelT]: ...
 
         @overload
         @staticmethod
         def get_handle(
-            action_id: str, *, base_url: str | None = None, auth_token: str | None = None, return_type: None = None
+            action_id: str, *, base_url: str | None = None, auth_token: str | None = None, return_type: Any = None
         ) -> ActionHandle[Any]: ...
 
     @staticmethod
@@ -304,6 +320,22 @@ def _warn_of_plain_http(base_url: str) -> None:
         http_client.logger.warning(
             "%s is plain http: the token and the data can be read on the way; use https", base_url
         )
+
+
+async def _off_the_loop(work: Callable[[], T]) -> T:
+    """Do in a thread what would hold the event loop up; where no thread is to be had, here."""
+    doing = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        await asyncio.wait({doing})
+        return doing.result()
+    except RuntimeError:  # no thread could be had; or it is work's own error, which it raises again
+        return work()
+    except asyncio.CancelledError:
+        if not doing.cancelled():  # it is the caller who was cancelled, not what waited for a thread
+            raise
+        return work()
+    finally:
+        doing.cancel()
 
 
 async def _perform(steps: lifecycle.Steps, config: SdkConfig, observe: Observer | None = None) -> wire.ActionReply:
