@@ -8,6 +8,7 @@ import functools
 import http.client
 import json
 import logging
+import os
 import re
 import socket
 import subprocess
@@ -814,3 +815,63 @@ call()
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+FIXTURE = """\
+import asyncio
+
+import pytest
+
+from zamp_sdk import ActionExecutor, ActionFailedError
+from zamp_sdk.local_platform import LocalPlatform
+
+
+@pytest.fixture
+def platform(monkeypatch):
+    platform = LocalPlatform(time_scale=0.001)
+
+    @platform.action
+    def send_invoice(params):
+        return {"sent": params["invoice_id"]}
+
+    with platform:
+        monkeypatch.setenv("ZAMP_BASE_URL", platform.base_url)
+        monkeypatch.setenv("ZAMP_AUTH_TOKEN", platform.auth_token)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")  # where the environment names a proxy
+        yield platform
+
+
+def bill(invoice_id):  # the code under test
+    return asyncio.run(ActionExecutor.execute("send_invoice", {"invoice_id": invoice_id}))
+
+
+def test_bill(platform):
+    assert bill("inv_123") == {"sent": "inv_123"}
+    assert platform.requests[0].body["params"] == {"invoice_id": "inv_123"}
+
+
+@pytest.mark.asyncio  # from pytest-asyncio
+async def test_an_expired_card(platform):
+    @platform.action
+    async def charge_card(params):
+        raise ValueError("the card has expired")
+
+    with pytest.raises(ActionFailedError, match="the card has expired"):
+        await ActionExecutor.execute("charge_card", {"card": "4111"})
+"""
+
+
+def test_the_sample_of_a_pytest_fixture_works(tmp_path: Path) -> None:
+    """Tests that get a platform from a fixture pass, synchronous and asynchronous, behind a proxy that is not there."""
+    (tmp_path / "test_sample.py").write_text(FIXTURE, encoding="utf-8")
+    options = ("-q", "-W", "error", "-p", "no:cacheprovider", "-o", "asyncio_default_fixture_loop_scope=function")
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-m", "pytest", *options, tmp_path],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "HTTP_PROXY": "http://127.0.0.1:9"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "2 passed" in done.stdout, done.stdout + done.stderr
