@@ -448,6 +448,7 @@ def test_what_is_no_utf_8_on_stdin_is_refused(platform: LocalPlatform, tmp_path:
         ("--auth-token=sk_live_x", "execute", "echo", "1"),
         ("--token", "sk_live_x", "result", "act_1"),
         ("result", "act_1", "--token", "-sk_live_x"),
+        ("result", "act_1", "-sk_live"),
         ("result", "act_1", "sk_live_x"),
         ("sk_live_x",),
         ("serve", "--auth-token", "sk_live_x"),
@@ -470,6 +471,16 @@ def test_an_unknown_option_is_named(run: Run) -> None:
     )
 
 
+def test_a_help_that_nobody_reads_is_exit_code_141() -> None:
+    """A reader that has gone away is no error of any command."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    with command("--help", stdout=writing) as process:
+        os.close(writing)
+        assert process.communicate(timeout=20)[1] == ""
+    assert process.returncode == 141
+
+
 def test_no_command_prints_the_help(run: Run) -> None:
     """Without a command the help is on stdout, and the exit code is that of a wrong usage."""
     code, out, err = run()
@@ -480,24 +491,27 @@ def test_no_command_prints_the_help(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("argv", "interpreter", "name"),
+    ("argv", "interpreter", "name", "command"),
     [
-        ("/venv/bin/zamp-sdk", "python", "/venv/bin/zamp-sdk"),
-        ("/my venv/zamp-sdk", "python", "'/my venv/zamp-sdk'"),
-        ("/x/zamp_sdk/__main__.py", "python3.13", "python3.13 -m zamp_sdk"),
+        ("/venv/bin/zamp-sdk", "python", "zamp-sdk", "/venv/bin/zamp-sdk"),
+        ("/my venv/zamp-sdk", "python", "zamp-sdk", "'/my venv/zamp-sdk'"),
+        ("/x/zamp_sdk/__main__.py", "python3.13", "python3.13 -m zamp_sdk", "python3.13 -m zamp_sdk"),
+        ("/x/zamp_sdk/__main__.py", "bin/python", "python -m zamp_sdk", "bin/python -m zamp_sdk"),
     ],
 )
 @pytest.mark.usefixtures("platform")
 def test_the_program_is_named_as_it_was_called(
-    argv: str, interpreter: str, name: str, run: Run, monkeypatch: pytest.MonkeyPatch
+    argv: str, interpreter: str, name: str, command: str, *, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The help and the command that collects a result can be copied as they stand."""
+    """The help has the program's name, and the command that collects a result can be copied as it stands."""
     monkeypatch.setattr(sys, "argv", [argv, "execute"])
     monkeypatch.setattr(sys, "orig_argv", [interpreter, "-m", "zamp_sdk"], raising=False)
+    if argv.endswith(".py") and sys.version_info < (3, 10):
+        pytest.skip("before Python 3.10 no program knows how its interpreter was called")
     assert run("--help")[1].startswith(f"usage: {name} ")
     assert f"example:\n  {name} start " in run("start", "--help")[1]
     _, _, err = run("execute", "wait", "0.2", "--timeout", "50ms")
-    assert re.search(rf"To collect its result: {re.escape(name)} result act\w+\n$", err)
+    assert re.search(rf"To collect its result: {re.escape(command)} result act\w+\n$", err)
 
 
 def test_a_script_on_the_path_is_named_without_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -506,7 +520,7 @@ def test_a_script_on_the_path_is_named_without_its_folder(tmp_path: Path, monkey
     script.touch(mode=0o755)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "argv", [str(script)])
-    assert cli._program() == "zamp-sdk"
+    assert cli._program() == ["zamp-sdk"]
 
 
 @pytest.mark.parametrize("name", ["execute", "start"])
@@ -543,7 +557,7 @@ def test_serve_listens_where_it_is_told(unused_port: int) -> None:
         assert f"http://127.0.0.1:{unused_port} " in server.stdout.readline()  # type: ignore[union-attr]  # a pipe
         code, _, err = shell("", "serve", "--port", str(unused_port))
         assert code == 2
-        assert "Address already in use" in err
+        assert err == f"zamp-sdk: cannot listen on port {unused_port}: Address already in use\n"
 
 
 def test_serve_shows_the_traceback_of_a_failed_attempt(tmp_path: Path) -> None:

@@ -33,8 +33,6 @@ from .local_platform import LocalPlatform
 
 EXIT_CODES: dict[type, int] = {ActionFailedError: 1, HttpClientError: 3, ActionTimeoutError: 4}  # else 2
 UNITS: dict[str, float] = {"ms": 0.001, "": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}  # s
-
-
 NOBODY_READS = 141  # what a shell tells of a program that SIGPIPE has ended: 128 + 13
 
 
@@ -50,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = 130
     except BrokenPipeError:
         code = NOBODY_READS
-        if arguments.run is _print_id:
+        if vars(arguments).get("run") is _print_id:  # and with it the id would be lost
             _tell_how_to_collect(arguments.handle.id, arguments)
     except (ZampError, ValueError, TypeError, OSError, RuntimeError) as exc:
         _tell(f"zamp-sdk: {exc}")
@@ -119,7 +117,7 @@ class _Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         arguments, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            names = [match[0] for match in map(re.compile("--?[a-z][a-z-]*(?==|$)").match, unknown) if match]
+            names = [match[0] for match in map(re.compile("(--[a-z][a-z-]*|-[A-Za-z])(?==|$)").match, unknown) if match]
             advice = ""
             if any(name.startswith("--auth") for name in names):
                 advice = " (a token comes from ZAMP_AUTH_TOKEN or --auth-token-file: others can read a command line)"
@@ -135,17 +133,17 @@ class _Parser(argparse.ArgumentParser):
         super().error(message)
 
 
-def _program() -> str:
+def _program() -> list[str]:
     """Return how this program was called, for commands that a user can copy."""
     called = sys.argv[0]
     if Path(called).name == "__main__.py":
-        python = getattr(sys, "orig_argv", ["python"])[0]  # Python 3.10
-        return shlex.join([python, "-m", str(__package__)])
-    return shlex.quote(Path(called).name if shutil.which(Path(called).name) == called else called)
+        return [getattr(sys, "orig_argv", ["python"])[0], "-m", str(__package__)]  # orig_argv: Python 3.10
+    return [Path(called).name if shutil.which(Path(called).name) == called else called]
 
 
 def _parser() -> argparse.ArgumentParser:
-    program = _program()
+    first, *others = _program()
+    program = shlex.join([Path(first).name, *others])  # in the help the folder would only be in the way
     parser = _Parser(
         prog=program,
         description="Run actions on the Zamp platform.",
@@ -350,11 +348,11 @@ def _tell_how_to_collect(action_id: str, arguments: argparse.Namespace) -> None:
 
 
 def _command_that_collects(action_id: str, arguments: argparse.Namespace) -> str:
-    words = ["result", action_id]
+    words = [*_program(), "result", action_id]
     for option in ("base_url", "auth_token_file"):
         if vars(arguments)[option]:
             words += [f"--{option.replace('_', '-')}", vars(arguments)[option]]
-    return f"{_program()} {shlex.join(words)}"
+    return shlex.join(words)
 
 
 async def _serve(arguments: argparse.Namespace) -> None:
@@ -370,10 +368,16 @@ async def _serve(arguments: argparse.Namespace) -> None:
     if arguments.port is not None:
         platform._port = arguments.port
     logging.getLogger("zamp_sdk").setLevel(logging.DEBUG if arguments.verbose else logging.INFO)  # for tracebacks
-    with platform:
+    try:
+        platform.start()
+    except OSError as exc:
+        raise OSError(f"cannot listen on port {platform._port}: {exc.strerror}") from None
+    try:
         _tell(f"Serving {', '.join(platform.action_names)}; Ctrl-C ends it.")
         print(f"export ZAMP_BASE_URL={platform.base_url} ZAMP_AUTH_TOKEN={platform.auth_token}", flush=True)
         await asyncio.Event().wait()
+    finally:
+        platform.stop()
 
 
 demo: LocalPlatform = LocalPlatform(time_scale=0.01)
