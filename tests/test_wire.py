@@ -268,6 +268,7 @@ def test_an_error_of_a_model_is_not_another_dump() -> None:
         ),
         ({Color.RED: 1, uuid.UUID(int=7): 2}, {"red": 1, "00000000-0000-0000-0000-000000000007": 2}),
         ([Marked.GOOD, {Marked.GOOD: 1}], [1, {"1": 1}]),
+        ([{"good": 1}, {Marked.GOOD: 2}], [{"good": 1}, {"1": 2}]),
         ([ShortUUID(int=7), Price("9.90")], ["00000000-0000-0000-0000-000000000007", "9.90"]),
         (Nanoseconds(nanoseconds=90_000_000_000), "PT1M30S"),
         (OwnParts(days=1, seconds=1), "P1DT1S"),
@@ -363,8 +364,11 @@ def test_what_json_cannot_hold_is_refused_with_its_place(params: Any, error: typ
 @pytest.mark.parametrize("spec", [None, dict, list, str, int, Line, Model, date])
 def test_a_mock_is_refused_as_what_it_is(spec: Any) -> None:
     """A mock, whatever it stands in for, is no value to send, and the refusal names it."""
-    with pytest.raises(TypeError, match=r"^params\.a: cannot send a unittest\.mock\.(NonCallable)?MagicMock as JSON$"):
-        start(params={"a": mock.MagicMock(spec=spec)})
+    for kind in (mock.MagicMock, mock.NonCallableMock):
+        params = {"a": kind(spec=spec)}
+        assert wire.is_small(params) in {True, False}
+        with pytest.raises(TypeError, match=rf"^params\.a: cannot send a unittest\.mock\.{kind.__name__} as JSON$"):
+            start(params=params)
 
 
 def test_a_numpy_scalar_is_named_with_its_module() -> None:

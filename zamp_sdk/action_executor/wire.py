@@ -126,7 +126,7 @@ def is_small(params: Any) -> bool:
     while waiting:
         value = waiting.pop()
         kind = type(value)
-        if isinstance(value, str):
+        if issubclass(kind, str):
             characters += len(value)
         elif kind is dict or kind is list or kind is tuple:
             values += len(value) * (2 if kind is dict else 1)
@@ -194,7 +194,7 @@ def _is_plain(value: Any) -> bool:
     while containers:
         dicts = [container for container in containers if type(container) is dict]
         lists = [container for container in containers if type(container) is list]
-        if set(map(type, set().union(*dicts))) - {str}:  # of keys
+        if set(map(type, chain.from_iterable(dicts))) - {str}:  # of keys
             return False
         items = list(chain(chain.from_iterable(map(dict.values, dicts)), chain.from_iterable(lists)))
         kinds = set(map(type, items))
