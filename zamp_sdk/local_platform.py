@@ -58,6 +58,9 @@ class RecordedRequest(NamedTuple):
 class LocalPlatform:
     """The Zamp API on 127.0.0.1, running the functions registered with ``action``; safe to use from any thread.
 
+    It answers requests that have its token and name 127.0.0.1 or localhost as their host, so that no web page can have
+    them sent, with bodies of up to 64 MiB.
+
     Args:
         auth_token: The token that clients must send.
         time_scale: Factor on the intervals between attempts: with 0.001 an interval of 30 s takes 30 ms.
@@ -318,8 +321,8 @@ class _Server(ThreadingTCPServer):  # an HTTPServer would look up this machine's
         self._connections = [pair for pair in self._connections if pair[1].is_alive()]
         # A daemon: no client can keep the program from exiting.
         thread = threading.Thread(target=self.process_request_thread, args=(request, client_address), daemon=True)
-        self._connections.append((request, thread))
         thread.start()
+        self._connections.append((request, thread))
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exc_info()[1], OSError):  # a connection was lost or dropped
