@@ -40,8 +40,9 @@ type-check: $(INSTALLED) ## Check the types, strictly
 	$(PY) -m mypy
 	$(PY) -m mypy --python-version 3.9 zamp_sdk
 
-test: $(INSTALLED) ## Run the tests with coverage
-	$(PY) -m pytest --cov $(PYTEST_ARGS)
+# Coverage is of the whole suite: PYTEST_ARGS=tests/test_errors.py runs that file alone, without it.
+test: $(INSTALLED) ## Run the tests with coverage, or those of PYTEST_ARGS without
+	$(PY) -m pytest $(or $(PYTEST_ARGS),--cov)
 
 test-peers: $(INSTALLED) ## Run the tests against real programs (nginx, tinyproxy, the official SDK, ...)
 	$(PY) -m pytest tests/peers $(PYTEST_ARGS)

@@ -45,7 +45,7 @@ PUBLIC: dict[str, dict[str, str]] = {
     "ActionHandle": {
         "id": "property -> str",
         "status": "(self) -> 'ActionStatus'",
-        "result": "(self, timeout: 'timedelta | None' = None) -> 'T'",
+        "result": "(self, timeout: 'timedelta | None' = None) -> 'T_co'",
     },
     "RetryPolicy": {"default": "() -> 'RetryPolicy'"},
     "SdkConfig": {

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import http.client
 import json
+import logging
+import os
 import re
 import socket
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Callable, NamedTuple
+from unittest import mock
 
 import pytest
 
@@ -110,6 +114,137 @@ def test_what_an_action_returns_is_its_result(platform: LocalPlatform, client: C
 
     for name in ("echo", "echo_later"):
         assert client.execute(name, params) == {"status": "COMPLETED", "result": params}
+
+
+async def plus_one(params: int) -> int:
+    """Return one more."""
+    await asyncio.sleep(0)
+    return params + 1
+
+
+class PlusOne:
+    """An object whose call is a coroutine."""
+
+    async def __call__(self, params: int) -> int:
+        return params + 1
+
+
+class Later:
+    """Something to await that is no coroutine."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __await__(self) -> Generator[Any, None, Any]:
+        yield from asyncio.sleep(0).__await__()
+        return self.value
+
+
+@functools.wraps(plus_one)
+def wrapper(*args: Any) -> Any:
+    """Do what a decorator does that knows nothing of coroutines."""
+    return plus_one(*args)
+
+
+def asynchronous_mock() -> Any:
+    """Make what tests stand in for a coroutine function with."""
+    return mock.create_autospec(plus_one, side_effect=plus_one)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda params: plus_one(params + 0),
+        wrapper,
+        functools.partial(plus_one),
+        PlusOne(),
+        PlusOne().__call__,
+        asynchronous_mock(),
+        mock.AsyncMock(side_effect=plus_one),
+        lambda params: Later(params + 1),
+        lambda params: Later(plus_one(params)),
+    ],
+    ids=["lambda", "wraps", "partial", "object", "method", "autospec", "AsyncMock", "awaitable", "nested"],
+)
+def test_what_can_be_awaited_is_awaited(platform: LocalPlatform, client: Client, function: Any) -> None:
+    """Whatever a function gives that can be awaited is, until it is a result."""
+    platform.action("plus_one")(function)
+    assert client.execute("plus_one", 1) == {"status": "COMPLETED", "result": 2}
+
+
+def test_a_coroutine_that_comes_too_late_is_closed(platform: LocalPlatform, client: Client) -> None:
+    """What a function returns to await after its attempt has timed out is not awaited, and nothing warns of it."""
+    go_on = threading.Event()
+
+    @platform.action
+    def late(params: Any) -> Any:
+        go_on.wait(5)
+        return plus_one(1)
+
+    assert client.execute("late", start_to_close_timeout_seconds=0.02)["status"] == "TIMED_OUT"
+    go_on.set()
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_the_traceback_of_a_failed_attempt_is_in_the_log(
+    platform: LocalPlatform, client: Client, caplog: pytest.LogCaptureFixture, asynchronous: bool
+) -> None:
+    """Each failed attempt is a record of level INFO with the traceback that leads to the user's own line."""
+    caplog.set_level(logging.INFO, "zamp_sdk")
+
+    def divide(params: int) -> float:
+        return 1 / params
+
+    async def divide_later(params: int) -> float:
+        return 1 / params
+
+    platform.action("divide")(divide_later if asynchronous else divide)
+    assert client.execute("divide", 0, retry_policy={**POLICY, "maximum_attempts": 2})["status"] == "FAILED"
+    assert [record.levelname for record in caplog.records] == ["INFO", "INFO"]
+    assert re.search(r"attempt 2 of action act_\w+ \('divide'\) failed", caplog.text)
+    assert caplog.text.count("    return 1 / params") == 2
+    assert "ZeroDivisionError" in caplog.text
+
+
+def cell(result: int) -> Any:
+    """Define an action as a notebook's cell does that is run again."""
+
+    def action(params: Any) -> int:
+        return result
+
+    return action
+
+
+def test_the_same_function_defined_again_takes_its_place(platform: LocalPlatform, client: Client) -> None:
+    """A cell that is run again redefines its action, and a function of another name or module does not."""
+    platform.action(cell(1))
+    assert platform.action(cell(2)).__name__ == "action"
+    assert client.execute("action")["result"] == 2
+    with pytest.raises(ValueError, match="there already is an action named 'action'"):
+        platform.action("action")(echo)
+    elsewhere = cell(3)
+    elsewhere.__module__ = "elsewhere"
+    with pytest.raises(ValueError, match="there already is an action named 'action'"):
+        platform.action(elsewhere)
+
+
+def test_two_objects_of_a_class_are_two_actions() -> None:
+    """An object that is called is only the same as itself."""
+    platform = LocalPlatform()
+    first = PlusOne()
+    platform.action("plus_one")(first)
+    platform.action("plus_one")(first)
+    with pytest.raises(ValueError, match="there already is an action named 'plus_one'"):
+        platform.action("plus_one")(PlusOne())
+
+
+def test_what_cannot_be_registered_is_a_type_error() -> None:
+    """An object without a name needs one, and what cannot be called is no action."""
+    platform = LocalPlatform()
+    with pytest.raises(TypeError, match=r"has no name: use `platform\.action\(name\)\(function\)`"):
+        platform.action(PlusOne())
+    with pytest.raises(TypeError, match="an action must be a function, not int"):
+        platform.action("one")(1)  # type: ignore[type-var]  # that is the test
 
 
 def test_registering_returns_the_function_unchanged() -> None:
@@ -508,10 +643,104 @@ def test_stop_during_many_starts_leaves_nothing() -> None:
 def test_a_body_of_unknown_length_is_411(header: str) -> None:
     """A body whose end cannot be known is refused, and its connection closed."""
     with LocalPlatform() as platform:
-        address = ("127.0.0.1", int(platform.base_url.rpartition(":")[2]))
-        with socket.create_connection(address, timeout=5) as connection, connection.makefile("rb") as replies:
-            connection.sendall(f"POST /actions HTTP/1.1\r\nHost: x\r\n{header}\r\n\r\n".encode())
-            assert replies.read().startswith(b"HTTP/1.1 411 ")
+        assert raw_reply(platform, f"{AUTHORIZED}{header}\r\n\r\n".encode()).startswith(b"HTTP/1.1 411 ")
+
+
+AUTHORIZED = "POST /actions HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer local-token\r\n"
+
+
+def connect(platform: LocalPlatform) -> socket.socket:
+    """Connect as a client that is no HTTP client."""
+    return socket.create_connection(("127.0.0.1", int(platform.base_url.rpartition(":")[2])), timeout=5)
+
+
+def raw_reply(platform: LocalPlatform, *chunks: bytes) -> bytes:
+    """Send these bytes, and return what comes until the connection is closed."""
+    with connect(platform) as connection, connection.makefile("rb") as replies:
+        for chunk in chunks:
+            connection.sendall(chunk)
+        return replies.read()
+
+
+@pytest.mark.parametrize(
+    "host", ["attacker.example", "attacker.example:80", "127.0.0.1.attacker.example", "localhost@x", "192.168.0.1", ""]
+)
+def test_a_request_for_another_host_is_421_and_runs_nothing(platform: LocalPlatform, client: Client, host: str) -> None:
+    """A web page that has its own name lead to this machine starts nothing, though it knows the token."""
+    calls: list[Any] = []
+    platform.action("count")(calls.append)
+    body = json.dumps({"action_name": "count", "params": 1, "is_external_action": True})
+    reply = client.send("POST", "/actions", body, Host=host)
+    assert (reply.status, client.send("GET", "/actions/x", Host=host).status) == (421, 421)
+    assert calls == []
+    assert [request.path for request in platform.requests] == ["/actions", "/actions/x"]
+
+
+def test_a_request_without_a_host_is_421(platform: LocalPlatform) -> None:
+    """A request that names no host may be meant for any."""
+    assert raw_reply(platform, b"GET /actions/x HTTP/1.0\r\n\r\n").startswith(b"HTTP/1.1 421 ")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "LOCALHOST:1", "[::1]:8080", "127.0.0.1:65535"])
+def test_a_request_for_this_machine_is_answered(client: Client, host: str) -> None:
+    """This machine's own names are right at any port, which a tunnel may have changed."""
+    assert client.send("GET", "/actions/x", Host=host).status == 404
+
+
+def test_a_body_without_the_token_is_refused_unread(platform: LocalPlatform) -> None:
+    """The answer to 300 MB without the right token comes before the first of them, and reaches who sends on."""
+    head = b"POST /actions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 314572800\r\n\r\n"
+    assert raw_reply(platform, head).startswith(b"HTTP/1.1 401 ")
+    assert raw_reply(platform, head, *[b"x" * 2**20] * 16).startswith(b"HTTP/1.1 401 ")
+    assert [request.body for request in platform.requests] == [None, None]
+
+
+@pytest.mark.parametrize("length", ["67108865", "99999999999999999999", "9" * 5000])
+def test_a_body_that_is_too_long_is_413(platform: LocalPlatform, length: str) -> None:
+    """A body over 64 MiB is refused at once, whatever number its length is."""
+    reply = raw_reply(platform, f"{AUTHORIZED}Content-Length: {length}\r\n\r\n".encode())
+    assert reply.startswith(b"HTTP/1.1 413 ")
+    assert b"the body must not be over 67108864 bytes long" in reply
+
+
+def test_a_planned_fault_is_kept_for_a_request_with_the_token(platform: LocalPlatform, client: Client) -> None:
+    """What is refused at the door uses up no fault."""
+    platform.fail_next()
+    assert client.send("GET", "/actions/x", Authorization="Bearer wrong").status == 401
+    assert client.poll("x").status == 503
+
+
+@pytest.mark.parametrize(
+    "begin", [b"", b"GET /act", f"{AUTHORIZED}Content-Length: 9\r\n\r\n{{".encode(), b"GET / HTTP/1.1\r\n\r\n"]
+)
+def test_stop_waits_for_no_client(begin: bytes) -> None:
+    """A client that sends a byte now and then, or does not go away after its answer, holds nobody up."""
+    before = threading.enumerate()
+    platform = LocalPlatform()
+    platform.start()
+    with connect(platform) as connection:
+        connection.sendall(begin)
+        until(lambda: len(threading.enumerate()) > len(before) + 2)
+        stopping = threading.Thread(target=platform.stop)
+        stopping.start()
+        for _ in range(100):  # a byte every 20 ms, for 2 s
+            stopping.join(0.02)
+            if not stopping.is_alive():
+                break
+            with contextlib.suppress(OSError):
+                connection.sendall(b"x")
+        assert not stopping.is_alive()
+    assert threading.enumerate() == before
+    assert [request.method for request in platform.requests] in ([], ["GET"])
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait until it holds."""
+    for _ in range(500):
+        if condition():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it never came to that")
 
 
 def test_stop_leaves_a_function_that_does_not_return(
@@ -586,3 +815,63 @@ call()
         check=False,
     )
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+FIXTURE = """\
+import asyncio
+
+import pytest
+
+from zamp_sdk import ActionExecutor, ActionFailedError
+from zamp_sdk.local_platform import LocalPlatform
+
+
+@pytest.fixture
+def platform(monkeypatch):
+    platform = LocalPlatform(time_scale=0.001)
+
+    @platform.action
+    def send_invoice(params):
+        return {"sent": params["invoice_id"]}
+
+    with platform:
+        monkeypatch.setenv("ZAMP_BASE_URL", platform.base_url)
+        monkeypatch.setenv("ZAMP_AUTH_TOKEN", platform.auth_token)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")  # where the environment names a proxy
+        yield platform
+
+
+def bill(invoice_id):  # the code under test
+    return asyncio.run(ActionExecutor.execute("send_invoice", {"invoice_id": invoice_id}))
+
+
+def test_bill(platform):
+    assert bill("inv_123") == {"sent": "inv_123"}
+    assert platform.requests[0].body["params"] == {"invoice_id": "inv_123"}
+
+
+@pytest.mark.asyncio  # from pytest-asyncio
+async def test_an_expired_card(platform):
+    @platform.action
+    async def charge_card(params):
+        raise ValueError("the card has expired")
+
+    with pytest.raises(ActionFailedError, match="the card has expired"):
+        await ActionExecutor.execute("charge_card", {"card": "4111"})
+"""
+
+
+def test_the_sample_of_a_pytest_fixture_works(tmp_path: Path) -> None:
+    """Tests that get a platform from a fixture pass, synchronous and asynchronous, behind a proxy that is not there."""
+    (tmp_path / "test_sample.py").write_text(FIXTURE, encoding="utf-8")
+    options = ("-q", "-W", "error", "-p", "no:cacheprovider", "-o", "asyncio_default_fixture_loop_scope=function")
+    done = subprocess.run(
+        [sys.executable, "-X", "dev", "-m", "pytest", *options, tmp_path],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1]), "HTTP_PROXY": "http://127.0.0.1:9"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert "2 passed" in done.stdout, done.stdout + done.stderr

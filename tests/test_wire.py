@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import enum
 import json
+import sys
 import uuid
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
+from unittest import mock
 
 import pydantic
 import pytest
@@ -53,7 +55,7 @@ def recorded_calls() -> list[Any]:
 
 
 @pytest.mark.parametrize("exchange", recorded_calls())
-def test_recorded_call(exchange: Any) -> None:
+def test_a_call_becomes_the_request_that_was_recorded(exchange: Any) -> None:
     """A call becomes the request that was recorded."""
     call, recorded = exchange["call"], exchange["request"]
     policy, limit = call.get("action_retry_policy"), call.get("action_start_to_close_timeout_seconds")
@@ -79,7 +81,7 @@ def recorded_polls() -> list[Any]:
 
 
 @pytest.mark.parametrize("reply", recorded_polls(), ids=lambda reply: reply["means"])
-def test_recorded_poll(reply: Any) -> None:
+def test_a_recorded_reply_means_what_was_noted_beside_it(reply: Any) -> None:
     """A recorded reply means what was noted beside it."""
     means = reply["means"]
     parsed = wire.parse_action(json.dumps(reply["body"]).encode())
@@ -95,7 +97,7 @@ def test_recorded_poll(reply: Any) -> None:
 
 
 @pytest.mark.parametrize("row", DURATIONS, ids=lambda row: row["iso8601"])
-def test_recorded_duration(row: Any) -> None:
+def test_a_duration_is_written_as_pydantic_writes_it(row: Any) -> None:
     """A duration is written as pydantic writes it."""
     assert wire.iso8601_duration(timedelta(microseconds=row["microseconds"])) == row["iso8601"]
 
@@ -109,7 +111,7 @@ def test_recorded_duration(row: Any) -> None:
         timedelta(days=999_999_999),
     ],
 )
-def test_pydantic_reads_the_same_duration(duration: timedelta) -> None:
+def test_pydantic_reads_back_the_same_duration(duration: timedelta) -> None:
     """What real pydantic reads back equals the timedelta, negative and years long ones included."""
     text = wire.iso8601_duration(duration)
     assert pydantic.TypeAdapter(timedelta).validate_json(json.dumps(text)) == duration
@@ -151,6 +153,87 @@ class Stubborn:
         return {"other": "data"}
 
 
+class Foreign:
+    """A class of someone's own."""
+
+
+class NotADate(date):
+    """What pandas' NaT is: a date by its class, and none by what it says."""
+
+    def isoformat(self) -> str:
+        return "NaT"
+
+
+class Nanoseconds(timedelta):
+    """What pandas' Timedelta is: a timedelta that holds more than its microseconds tell."""
+
+    nanoseconds: int
+
+    def __new__(cls, nanoseconds: int) -> Nanoseconds:  # noqa: PYI034  # typing.Self came with Python 3.11
+        duration = super().__new__(cls, microseconds=nanoseconds // 1000)
+        duration.nanoseconds = nanoseconds
+        return duration
+
+    def __eq__(self, other: object) -> bool:
+        return self.nanoseconds % 1000 == 0 and super().__eq__(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    __hash__ = timedelta.__hash__
+
+    def __repr__(self) -> str:
+        return f"{self.nanoseconds} ns"
+
+
+class OwnParts(timedelta):
+    """What pendulum's Duration is: a timedelta whose parts are counted in another way."""
+
+    @property
+    def days(self) -> int:
+        return 0
+
+    @property
+    def seconds(self) -> int:
+        return int(self.total_seconds())
+
+
+class ShortUUID(uuid.UUID):
+    def __str__(self) -> str:
+        return self.hex[:4]
+
+
+class Price(Decimal):
+    def __str__(self) -> str:
+        return f"{super().__str__()} EUR"
+
+
+class Marked(str, enum.Enum):
+    """An Enum whose text is not its value."""
+
+    GOOD = "good", 1
+
+    def __new__(cls, text: str, value: int) -> Marked:  # noqa: PYI034  # typing.Self came with Python 3.11
+        member = str.__new__(cls, text)
+        member._value_ = value
+        return member
+
+
+@dataclass
+class Unset:
+    number: int = field(init=False)
+
+
+@dataclass
+class Slotted:
+    __slots__ = ("number",)
+    number: int
+
+    @classmethod
+    def unset(cls) -> Slotted:
+        return object.__new__(cls)
+
+
 UTC = timezone.utc
 
 
@@ -184,9 +267,16 @@ def test_an_error_of_a_model_is_not_another_dump() -> None:
             {"1": "a", "null": "b", "2.5": "c", "false": "d"},
         ),
         ({Color.RED: 1, uuid.UUID(int=7): 2}, {"red": 1, "00000000-0000-0000-0000-000000000007": 2}),
+        ([Marked.GOOD, {Marked.GOOD: 1}], [1, {"1": 1}]),
+        ([{"good": 1}, {Marked.GOOD: 2}], [{"good": 1}, {"1": 2}]),
+        ([ShortUUID(int=7), Price("9.90")], ["00000000-0000-0000-0000-000000000007", "9.90"]),
+        (Nanoseconds(nanoseconds=90_000_000_000), "PT1M30S"),
+        (OwnParts(days=1, seconds=1), "P1DT1S"),
+        (OwnParts(seconds=-90), "-PT1M30S"),
+        ([[[]], {}, [{}, {"a": [{"b": [None, True]}]}]], [[[]], {}, [{}, {"a": [{"b": [None, True]}]}]]),
     ],
 )
-def test_params(params: Any, json_value: Any) -> None:
+def test_params_arrive_as_the_json_that_people_expect(params: Any, json_value: Any) -> None:
     """What people pass arrives as the JSON that they would expect, nested anywhere."""
     assert sent(params) == json_value
 
@@ -215,12 +305,23 @@ def deep() -> Any:
 @pytest.mark.parametrize(
     ("params", "error", "message"),
     [
-        ({"items": [1, 2, 3, {"due": {1, 2}}]}, TypeError, "params.items[3].due: cannot send a set as JSON"),
-        (b"x", TypeError, "params: cannot send a bytes as JSON"),
-        ([object()], TypeError, "params[0]: cannot send a object as JSON"),
-        ([Line], TypeError, "params[0]: cannot send a type as JSON"),
-        ([Model], TypeError, "params[0]: cannot send a ModelMetaclass as JSON"),
-        (Line(b""), TypeError, "params.due: cannot send a bytes as JSON"),
+        (
+            {"items": [1, 2, 3, {"due": {1, 2}}]},
+            TypeError,
+            "params.items[3].due: cannot send a set as JSON: make it a list",
+        ),
+        (range(3), TypeError, "params: cannot send a range as JSON: make it a list"),
+        ({"a": (item for item in [1])}, TypeError, "params.a: cannot send a generator as JSON: make it a list"),
+        ([{}.values()], TypeError, "params[0]: cannot send a dict_values as JSON: make it a list"),
+        (b"x", TypeError, "params: cannot send a bytes as JSON: make it text, with decode() or base64"),
+        ([object()], TypeError, "params[0]: cannot send an object as JSON"),
+        ([len], TypeError, "params[0]: cannot send a builtin_function_or_method as JSON"),
+        ([1j], TypeError, "params[0]: cannot send a complex as JSON"),
+        ([int], TypeError, "params[0]: cannot send the class int as JSON: send an instance of it"),
+        ([Line], TypeError, f"params[0]: cannot send the class {__name__}.Line as JSON: send an instance of it"),
+        ([Model], TypeError, f"params[0]: cannot send the class {__name__}.Model as JSON: send an instance of it"),
+        ([Foreign()], TypeError, f"params[0]: cannot send a {__name__}.Foreign as JSON"),
+        (Line(b""), TypeError, "params.due: cannot send a bytes as JSON: make it text, with decode() or base64"),
         ({"a": float("nan")}, ValueError, "params.a: cannot send nan as JSON"),
         ([-float("inf")], ValueError, "params[0]: cannot send -inf as JSON"),
         ({"a": "\ud800"}, ValueError, "params.a: cannot send text with a lone surrogate as JSON"),
@@ -228,13 +329,102 @@ def deep() -> Any:
         (deep(), ValueError, "params: nested too deeply to send as JSON"),
         ({"a": {1: 1, "1": 2}}, ValueError, "params.a: two keys become '1' in JSON"),
         ({"a": {(1, 2): 1}}, TypeError, "params.a: cannot send a tuple as a key in JSON"),
+        ({"a": {float("inf"): 1}}, ValueError, "params.a (a key): cannot send inf as JSON"),
+        ({"due date": {"\n": {1}}}, TypeError, r"params['due date']['\n']: cannot send a set as JSON: make it a list"),
+        ([Decimal("NaN")], ValueError, "params[0]: cannot send Decimal('NaN') as JSON"),
+        ([Decimal("sNaN")], ValueError, "params[0]: cannot send Decimal('sNaN') as JSON"),
+        ({"a": Decimal("-Infinity")}, ValueError, "params.a: cannot send Decimal('-Infinity') as JSON"),
+        (
+            {"a": NotADate(2026, 1, 2)},
+            ValueError,
+            "params.a: cannot send NaT as JSON: it is no date or time in ISO 8601",
+        ),
+        (
+            [Line(datetime(1800, 1, 1, tzinfo=timezone(timedelta(seconds=3208))))],  # Berlin before time zones
+            ValueError,
+            "params[0].due: cannot send 1800-01-01T00:00:00+00:53:28 as JSON: it is no date or time in ISO 8601",
+        ),
+        (
+            {"a": Nanoseconds(nanoseconds=1)},
+            ValueError,
+            "params.a: cannot send 1 ns as JSON: it is no whole number of microseconds",
+        ),
+        ([{"line": Unset()}], ValueError, "params[0].line.number: this field was never set"),
+        ({"a": [Slotted.unset()]}, ValueError, "params.a[0].number: this field was never set"),
+        (Line(Line(Unset())), ValueError, "params.due.due.number: this field was never set"),
     ],
 )
-def test_params_that_cannot_be_sent(params: Any, error: type[Exception], message: str) -> None:
+def test_what_json_cannot_hold_is_refused_with_its_place(params: Any, error: type[Exception], message: str) -> None:
     """What JSON cannot hold is refused with its place."""
     with pytest.raises(error) as caught:
         start(params=params)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize("spec", [None, dict, list, str, int, Line, Model, date])
+def test_a_mock_is_refused_as_what_it_is(spec: Any) -> None:
+    """A mock, whatever it stands in for, is no value to send, and the refusal names it."""
+    for kind in (mock.MagicMock, mock.NonCallableMock):
+        params = {"a": kind(spec=spec)}
+        assert wire.is_small(params)
+        with pytest.raises(TypeError, match=rf"^params\.a: cannot send a unittest\.mock\.{kind.__name__} as JSON$"):
+            start(params=params)
+
+
+def test_a_numpy_scalar_is_named_with_its_module() -> None:
+    """A type that has the name of a built-in one is told apart by its module."""
+    imposter = type("bool", (), {"__module__": "numpy"})
+    with pytest.raises(TypeError, match=r"^params\.ok: cannot send a numpy\.bool as JSON$"):
+        start(params={"ok": imposter()})
+
+
+@pytest.mark.skipif(not hasattr(sys, "get_int_max_str_digits"), reason="this Python writes ints of any length")
+def test_an_int_that_python_does_not_write_is_refused_with_its_place() -> None:
+    """An int of more digits than Python writes is a ValueError that names it, and one of as many is sent."""
+    with pytest.raises(ValueError, match=r"^params\[1\]: cannot send so long an int as JSON: Exceeds the limit"):
+        start(params=[1, 10**5000])
+    assert sent([10**4000]) == [10**4000]
+
+
+@pytest.mark.parametrize("convert", [lambda rows: rows, tuple], ids=["plain", "converted"])
+def test_plain_and_converted_params_are_the_same_bytes(convert: Any) -> None:
+    """What json encodes in one go reads as what is converted value by value: UTF-8 without needless spaces."""
+    rows = [{"id": 1, "name": "Müller & Söhne ☃", "total": 1.5, "paid": True, "note": None, "tags": ["a", {}]}]
+    body = start(params=convert(rows)).body
+    assert body is not None
+    assert '"params":[{"id":1,"name":"Müller & Söhne ☃","total":1.5,"paid":true,"note":null,'.encode() in body
+
+
+def test_shared_values_cost_no_more_than_their_json() -> None:
+    """A value that stands in many places is looked through as often as it is written, and no more."""
+    value: Any = ["x"]
+    for _ in range(12):
+        value = [value, value]
+    assert len(json.dumps(sent(value))) > 4096
+
+
+@pytest.mark.parametrize(
+    ("params", "small"),
+    [
+        (None, True),
+        ({"invoice_id": "inv_123", "lines": [{"price": Decimal(1), "due": date(2026, 1, 2)}] * 10}, True),
+        (mock.MagicMock(), True),
+        (list(range(999)), True),
+        (list(range(1000)), False),
+        ({str(key): key for key in range(500)}, False),
+        ([[[1] * 9] * 9] * 20, False),
+        ("x" * 10_000, True),
+        (["x" * 10_001], False),
+        ({"x" * 10_001: 1}, False),
+        (MappingProxyType({}), False),
+        (Line(None), False),
+        ([Dumps()], False),
+        (circular(), False),
+    ],
+)
+def test_small_params_are_known_at_a_glance(params: Any, small: bool) -> None:
+    """Up to 1,000 values and 10,000 characters are small; what hides its size is not."""
+    assert wire.is_small(params) is small
 
 
 @pytest.mark.parametrize(
@@ -252,7 +442,7 @@ def test_params_that_cannot_be_sent(params: Any, error: type[Exception], message
         ),
     ],
 )
-def test_other_arguments(arguments: Any, error: type[Exception], message: str) -> None:
+def test_other_arguments_are_checked_by_name(arguments: Any, error: type[Exception], message: str) -> None:
     """Every other argument is checked by name too."""
     with pytest.raises(error) as caught:
         start(**arguments)
@@ -276,7 +466,7 @@ def test_an_id_is_never_a_path(action_id: str, path: str) -> None:
 @pytest.mark.parametrize(
     "action_id", ["", " ", ".", "..", "../../admin", "a?b", "a#b", "a%b", "a\\b", "a b", "a\n", "\ud800"]
 )
-def test_bad_ids_are_refused_from_a_caller(action_id: str) -> None:
+def test_a_bad_id_is_refused_from_a_caller(action_id: str) -> None:
     """An id that no platform gives is a ValueError."""
     with pytest.raises(ValueError, match="not an action id"):
         wire.check_action_id(action_id)
@@ -289,13 +479,13 @@ def test_an_id_is_text() -> None:
 
 
 @pytest.mark.parametrize("action_id", [None, "", " ", ".", "..", 7, ["a"], "\ud800"])
-def test_unusable_ids_of_a_reply(action_id: Any) -> None:
+def test_an_unusable_id_of_a_reply_is_none(action_id: Any) -> None:
     """An id that is missing, empty, a path or not text is none."""
     assert not wire.is_action_id(wire.parse_action(json.dumps({"id": action_id}).encode()).id)
 
 
 @pytest.mark.parametrize("body", [b"", b"<html>", b"[1]", b"null", b"\xff", b'{"a": 1', b"7" * 5000 + b"x"])
-def test_replies_that_are_no_objects(body: bytes) -> None:
+def test_a_reply_that_is_no_object_is_a_value_error(body: bytes) -> None:
     """A reply that is no JSON object is a ValueError that says which of both it is not."""
     with pytest.raises(ValueError, match=r"^is not (JSON|a JSON object)$"):
         wire.parse_action(body)
@@ -323,7 +513,7 @@ def test_only_successful_replies_are_read() -> None:
         ("", "no reason given"),
     ],
 )
-def test_reason(error: Any, reason: str) -> None:
+def test_any_shape_of_error_is_told_in_words(error: Any, reason: str) -> None:
     """Any shape of error is told in words."""
     assert wire.reason(error) == reason
 
@@ -340,7 +530,7 @@ def test_reason(error: Any, reason: str) -> None:
         (b"", ""),
     ],
 )
-def test_refusal_reason(body: bytes, reason: str) -> None:
+def test_a_refusal_is_told_by_what_says_why(body: bytes, reason: str) -> None:
     """A refusal is told by the field that says why, or as it came."""
     assert wire.refusal_reason(body) == reason
 
@@ -359,6 +549,6 @@ def test_refusal_reason(body: bytes, reason: str) -> None:
         ({"retry-after": "Wed, 21 Oct 2026 07:28:30 GMT", "date": "now"}, None),
     ],
 )
-def test_retry_after(headers: dict[str, str], seconds: float | None) -> None:
+def test_retry_after_is_read_in_both_of_its_forms(headers: dict[str, str], seconds: float | None) -> None:
     """Retry-After is read in both of its forms, a date against the reply's own clock."""
     assert wire.retry_after(headers) == seconds

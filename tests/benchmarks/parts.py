@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+import json
 import random
 import statistics
 import zipfile
@@ -292,10 +294,38 @@ def _simulated(seconds: float, chance: random.Random) -> tuple[float, int]:
             step = next(steps)
 
 
+def payloads(laboratory: Laboratory) -> Part:
+    """Measure what long params cost, and how long they hold the event loop, beside json.dumps of the same rows."""
+    from . import payloads as measure
+
+    part = Part("Payloads: rows as params, and json.dumps of the same rows")
+    plain = measure.plain_rows()
+    for name, rows, limit in (("what JSON has", plain, 2.0), ("with dates and Decimals", measure.mixed_rows(), None)):
+        encoded = measure.body(rows)
+        same = json.loads(encoded)["params"]
+        dumps, ours, dumps_hold, hold = [], [], [], []
+        for turn in range(ROUNDS):
+            laboratory.progress(f"payloads: {name}: round {turn + 1} of {ROUNDS}")
+            dumps.append(measure.seconds(json.dumps, same))
+            ours.append(measure.seconds(measure.body, rows))
+            dumps_hold.append(asyncio.run(measure.longest_hold(measure.dumps_in_the_loop(same))))
+            hold.append(asyncio.run(measure.hold_of_a_start(laboratory.url(), rows)))
+        label = f"{len(encoded) / 1e6:.1f} MB, {name}"
+        part.add(f"{label}: json.dumps", "ms", dumps)
+        part.add(f"{label}: encoding", "ms", ours)
+        part.add(f"{label}: json.dumps in the event loop holds it", "ms", dumps_hold)
+        part.add(f"{label}: a start holds it", "ms", hold)
+        if limit is not None:
+            part.expect(f"{label}: encoding / json.dumps", "x", ratios(ours, dumps), limit)
+        part.expect(f"{label}: hold / hold of json.dumps", "x", ratios(hold, dumps_hold), 1.0)
+    return part
+
+
 PARTS: dict[str, Callable[[Laboratory], Part]] = {
     "start": cold_start,
     "size": size,
     "time-to-result": time_to_result,
     "fan-out": fan_out,
     "limit": limit,
+    "payloads": payloads,
 }

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, RootModel, TypeAdapter
+
 from zamp_sdk import (
     ActionExecutor,
     ActionFailedError,
@@ -28,22 +30,61 @@ if TYPE_CHECKING:
     from typing_extensions import assert_type  # comes with the checker; in typing from Python 3.11 on
 
 
+class Invoice(BaseModel):
+    total: int
+
+
+class Receipt(Invoice):
+    pass
+
+
+class Untyped:
+    """An own class with the method, without annotations as in many programs."""
+
+    @classmethod
+    def model_validate(cls, value):  # type: ignore[no-untyped-def]  # noqa: ANN001, ANN206  # that is the case
+        return cls()
+
+
+class Own:
+    total = 1
+
+    @classmethod
+    def model_validate(cls, obj: Any, *, strict: bool = False) -> Own:
+        return cls()
+
+
+class Other:
+    """Its method makes something else."""
+
+    @classmethod
+    def model_validate(cls, obj: Any) -> int:
+        return 1
+
+
 @dataclass
-class Invoice:
+class Plain:
     total: int
 
 
 async def execute(return_type: type[Invoice] | None) -> None:
-    """`execute` gives what return_type says, or Any."""
+    """`execute` gives what return_type says where that has a model_validate, and else Any."""
     assert_type(await ActionExecutor.execute("a", {}), Any)
     assert_type(await ActionExecutor.execute("a", {}, return_type=None), Any)
     assert_type(await ActionExecutor.execute("a", {}, return_type=Invoice), Invoice)
-    assert_type(await ActionExecutor.execute("a", {}, return_type=int), int)
-    assert_type(await ActionExecutor.execute("a", {}, return_type=dict[str, int]), dict[str, int])
+    assert_type(await ActionExecutor.execute("a", {}, return_type=Untyped), Untyped)
+    assert_type(await ActionExecutor.execute("a", {}, return_type=Own), Own)
+    assert_type(await ActionExecutor.execute("a", {}, return_type=RootModel[list[Invoice]]), RootModel[list[Invoice]])
+    assert_type(await ActionExecutor.execute("a", {}, return_type=Other), Any)
+    assert_type(await ActionExecutor.execute("a", {}, return_type=Plain), Any)
+    assert_type(await ActionExecutor.execute("a", {}, return_type=int), Any)
+    assert_type(await ActionExecutor.execute("a", {}, return_type=dict[str, int]), Any)
+    assert_type(await ActionExecutor.execute("a", {}, return_type=list[Invoice]), Any)
+    assert_type(await ActionExecutor.execute("a", {}, return_type=TypeAdapter(list[Invoice])), Any)
     assert_type(
         await ActionExecutor.execute(
             "a",
-            Invoice(1),
+            Plain(1),
             base_url="https://example.com",
             auth_token="t",
             summary="s",
@@ -56,7 +97,6 @@ async def execute(return_type: type[Invoice] | None) -> None:
     ActionExecutor.execute("a", {})  # type: ignore[unused-coroutine]  # not awaited
     await ActionExecutor.execute("a")  # type: ignore[call-overload]  # no params
     await ActionExecutor.execute("a", {}, "https://example.com")  # type: ignore[call-overload]  # not by keyword
-    await ActionExecutor.execute("a", {}, return_type="Invoice")  # type: ignore[call-overload]  # a name is no type
     await ActionExecutor.execute("a", {}, timeout=timedelta(1))  # type: ignore[call-overload]  # that is result's
     await ActionExecutor.execute("a", {}, action_start_to_close_timeout=60)  # type: ignore[call-overload]  # no unit
     await ActionExecutor.execute("a", {}, return_type=return_type)
@@ -66,6 +106,7 @@ async def start() -> None:
     """`start` gives a handle of what return_type says, or of Any."""
     assert_type(await ActionExecutor.start("a", {}), ActionHandle[Any])
     assert_type(await ActionExecutor.start("a", {}, return_type=None), ActionHandle[Any])
+    assert_type(await ActionExecutor.start("a", {}, return_type=Plain), ActionHandle[Any])
     handle = await ActionExecutor.start("a", {}, return_type=Invoice, action_retry_policy=RetryPolicy.default())
     assert_type(handle, ActionHandle[Invoice])
     assert_type(handle.id, str)
@@ -83,11 +124,20 @@ async def get_handle() -> None:
     assert_type(ActionExecutor.get_handle("id"), ActionHandle[Any])
     assert_type(ActionExecutor.get_handle("id", return_type=None), ActionHandle[Any])
     assert_type(ActionExecutor.get_handle("id", return_type=Invoice), ActionHandle[Invoice])
+    assert_type(ActionExecutor.get_handle("id", return_type=list[Invoice]), ActionHandle[Any])
     assert_type(await ActionExecutor.get_handle("id").result(), Any)
     assert_type(
         await ActionExecutor.get_handle("id", base_url="b", auth_token="t", return_type=Invoice).result(), Invoice
     )
     await ActionExecutor.get_handle("id")  # type: ignore[misc]  # sends nothing, so there is nothing to await
+
+
+def covariance(receipt: ActionHandle[Receipt], invoice: ActionHandle[Invoice]) -> ActionHandle[Invoice]:
+    """The handle of a more special model is one of the more general model, and not the other way round."""
+    models: list[ActionHandle[BaseModel]] = [receipt, invoice]
+    back: ActionHandle[Receipt] = invoice  # type: ignore[assignment]  # an invoice need not be a receipt
+    del models, back
+    return receipt
 
 
 def values(policy: RetryPolicy, config: SdkConfig) -> None:

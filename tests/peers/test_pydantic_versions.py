@@ -127,4 +127,4 @@ except TypeError as exc:
     print(exc, len(platform.requests))
 """
 
-    assert run(pydantic_1, body) == ["params.all[0]: cannot send a Invoice as JSON 0"]
+    assert run(pydantic_1, body) == ["params.all[0]: cannot send a __main__.Invoice as JSON 0"]

@@ -20,7 +20,7 @@ CASES = ROOT / "tests" / "data" / "typing_cases.py"
 @pytest.fixture(scope="module")
 def python() -> Path:
     """The Python of an environment with the package, pyright and the Node.js that it needs."""
-    python = venv("pyright", "pyright[nodejs]", "typing-extensions")
+    python = venv("pyright", "pyright[nodejs]", "typing-extensions", "pydantic>=2.12")
     install_project(python)
     return python
 

@@ -9,7 +9,7 @@ import os
 import re
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Callable, Coroutine, Generic, NoReturn, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Callable, Coroutine, Generic, NoReturn, Protocol, TypeVar, overload
 
 from ..errors import ActionFailedError, ZampError
 from . import http_client, lifecycle, wire
@@ -17,13 +17,27 @@ from .models import ActionStatus, RetryPolicy, SdkConfig, check_type
 from .redaction import Redactor
 
 T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 LONG_RETRY = 5.0  # s of waiting from which a failure is worth a warning
 GRACE = 2.0  # s beyond a caller's timeout for a poll under way
 INTERRUPTED = (asyncio.CancelledError, KeyboardInterrupt)  # to Python 3.10 Ctrl-C is either in a task
 Observer = Callable[[lifecycle.Step], None]
 
 
-class ActionHandle(Generic[T]):
+if TYPE_CHECKING:
+
+    class Model(Protocol):
+        """What a ``return_type`` needs for its type to be the result's: pydantic models have it, own classes may."""
+
+        @classmethod
+        def model_validate(cls: type[T], obj: Any, /) -> T:  # noqa: PYI019  # typing.Self came with Python 3.11
+            """Return an instance made of an action's result, or raise what tells why not."""
+            ...
+
+    ModelT = TypeVar("ModelT", bound=Model)
+
+
+class ActionHandle(Generic[T_co]):
     """An action on the platform; made by ``ActionExecutor.start`` and ``get_handle``.
 
     A handle belongs to the process that made it and cannot be pickled or copied; its ``id`` is what to keep.
@@ -33,7 +47,7 @@ class ActionHandle(Generic[T]):
         self,
         action_id: str,
         config: SdkConfig,
-        return_type: type[T] | None,
+        return_type: type[T_co] | None,
         *,
         action_name: str | None = None,
         started_at: float | None = None,
@@ -70,7 +84,7 @@ class ActionHandle(Generic[T]):
         reply = await _perform(lifecycle.look(self._id, redact=self._redact), self._config)
         return ActionStatus(reply.status)
 
-    async def result(self, timeout: timedelta | None = None) -> T:
+    async def result(self, timeout: timedelta | None = None) -> T_co:
         """Wait until the action ends and return its result; may be called again and again.
 
         Args:
@@ -107,7 +121,7 @@ class ActionHandle(Generic[T]):
             self._told.add(text)
             http_client.logger.warning("%s", text)
 
-    async def _wait(self, timeout: timedelta | None, observe: Observer | None = None) -> T:
+    async def _wait(self, timeout: timedelta | None, observe: Observer | None = None) -> T_co:
         _check_timeout(timeout)
         limit = self._limit if timeout is None else timeout.total_seconds()
         if self._ended is None:
@@ -124,9 +138,9 @@ class ActionHandle(Generic[T]):
         value = lifecycle.outcome(self._id, self._ended, redact=self._redact, action_name=self._action_name)
         validate = getattr(self._return_type, "model_validate", None)
         if validate is not None:
-            large = self._ended.size > wire.LARGE_BODY
-            value = await asyncio.to_thread(validate, value) if large else validate(value)
-        result: T = value
+            make = functools.partial(validate, value)
+            value = await _off_the_loop(make) if self._ended.size > wire.LARGE_BODY else make()
+        result: T_co = value
         return result
 
     async def _within(self, seconds: float, following: Coroutine[Any, Any, wire.ActionReply]) -> wire.ActionReply:
@@ -155,10 +169,10 @@ class ActionExecutor:
             base_url: str | None = None,
             auth_token: str | None = None,
             summary: str | None = None,
-            return_type: type[T],
+            return_type: type[ModelT],
             action_retry_policy: RetryPolicy | None = None,
             action_start_to_close_timeout: timedelta | None = None,
-        ) -> T: ...
+        ) -> ModelT: ...
 
         @overload
         @staticmethod
@@ -169,7 +183,7 @@ class ActionExecutor:
             base_url: str | None = None,
             auth_token: str | None = None,
             summary: str | None = None,
-            return_type: None = None,
+            return_type: Any = None,
             action_retry_policy: RetryPolicy | None = None,
             action_start_to_close_timeout: timedelta | None = None,
         ) -> Any: ...
@@ -191,11 +205,11 @@ class ActionExecutor:
         Args:
             action_name: The action's name on the platform.
             params: Any JSON value, with dataclasses, ``model_dump``, dates, times, timedeltas, UUIDs, Decimals and
-                Enums anywhere in it.
+                Enums anywhere in it. Large ones are turned into JSON in a thread: change them only after the return.
             base_url: The platform's URL; default: ``ZAMP_BASE_URL``.
             auth_token: The bearer token; default: ``ZAMP_AUTH_TOKEN``.
             summary: What the platform shows people about this run.
-            return_type: Its ``model_validate`` makes the result; a type without one only tells a type checker.
+            return_type: Its ``model_validate`` makes the result; a type without one leaves it as it came.
             action_retry_policy: How the platform retries the action's attempts; default: the platform's.
             action_start_to_close_timeout: The limit of one attempt; default: the platform's.
 
@@ -228,10 +242,10 @@ class ActionExecutor:
             base_url: str | None = None,
             auth_token: str | None = None,
             summary: str | None = None,
-            return_type: type[T],
+            return_type: type[ModelT],
             action_retry_policy: RetryPolicy | None = None,
             action_start_to_close_timeout: timedelta | None = None,
-        ) -> ActionHandle[T]: ...
+        ) -> ActionHandle[ModelT]: ...
 
         @overload
         @staticmethod
@@ -242,7 +256,7 @@ class ActionExecutor:
             base_url: str | None = None,
             auth_token: str | None = None,
             summary: str | None = None,
-            return_type: None = None,
+            return_type: Any = None,
             action_retry_policy: RetryPolicy | None = None,
             action_start_to_close_timeout: timedelta | None = None,
         ) -> ActionHandle[Any]: ...
@@ -277,13 +291,13 @@ class ActionExecutor:
         @overload
         @staticmethod
         def get_handle(
-            action_id: str, *, base_url: str | None = None, auth_token: str | None = None, return_type: type[T]
-        ) -> ActionHandle[T]: ...
+            action_id: str, *, base_url: str | None = None, auth_token: str | None = None, return_type: type[ModelT]
+        ) -> ActionHandle[ModelT]: ...
 
         @overload
         @staticmethod
         def get_handle(
-            action_id: str, *, base_url: str | None = None, auth_token: str | None = None, return_type: None = None
+            action_id: str, *, base_url: str | None = None, auth_token: str | None = None, return_type: Any = None
         ) -> ActionHandle[Any]: ...
 
     @staticmethod
@@ -310,7 +324,8 @@ async def _start(
     start_to_close_timeout: timedelta | None,
 ) -> ActionHandle[Any]:
     """Start an action; whoever is interrupted meanwhile is told whether it may exist."""
-    request = wire.start_request(
+    prepare = functools.partial(
+        wire.start_request,
         action_name,
         params,
         summary=summary,
@@ -318,19 +333,20 @@ async def _start(
         start_to_close_timeout=start_to_close_timeout,
         idempotency_key=os.urandom(16).hex(),
     )
+    progress = http_client.Progress()
+    try:
+        request = prepare() if wire.is_small(params) else await _off_the_loop(prepare)
+    except INTERRUPTED as exc:
+        _tell_of_start(exc, action_name, progress)
+        raise
     limit = lifecycle.wait_limit(retry_policy, start_to_close_timeout)  # nothing may go wrong once the action has an id
     steps = lifecycle.start(request, clock=time.monotonic, jitter=_jitter, redact=Redactor(config.auth_token))
-    progress = http_client.Progress()
     try:
         reply = await _perform(steps, config, progress=progress)
     except ZampError:  # which says it itself
         raise
     except BaseException as exc:  # a cancellation, Ctrl-C, or a fault of ours
-        fate = "it may have started all the same" if progress.sent else "nothing was sent, so it has not started"
-        what = "cancelled" if isinstance(exc, INTERRUPTED) else "failed"
-        text = f"{what} while starting action {action_name!r}: {fate}"
-        _add_note(exc, text)
-        http_client.logger.warning("%s", text)
+        _tell_of_start(exc, action_name, progress)
         raise
     return ActionHandle(
         reply.id,
@@ -341,6 +357,15 @@ async def _start(
         limit=limit,
         reply=reply,
     )
+
+
+def _tell_of_start(exc: BaseException, action_name: str, progress: http_client.Progress) -> None:
+    """Say in a note and a warning whether an action whose start was interrupted may exist."""
+    fate = "it may have started all the same" if progress.sent else "nothing was sent, so it has not started"
+    what = "cancelled" if isinstance(exc, INTERRUPTED) else "failed"
+    text = f"{what} while starting action {action_name!r}: {fate}"
+    _add_note(exc, text)
+    http_client.logger.warning("%s", text)
 
 
 def _add_note(exc: BaseException, text: str) -> None:
@@ -356,7 +381,9 @@ def _check_timeout(timeout: timedelta | None) -> None:
 
 
 def _jitter() -> float:
-    return int.from_bytes(os.urandom(4), "big") / 2**32  # the random module is slow to import
+    from random import random  # slow to import; by the first reply urllib.request has done it
+
+    return random()
 
 
 def _resolve(base_url: str | None, auth_token: str | None) -> SdkConfig:
@@ -374,6 +401,22 @@ def _warn_of_plain_http(base_url: str) -> None:
         http_client.logger.warning(
             "%s is plain http: the token and the data can be read on the way; use https", base_url
         )
+
+
+async def _off_the_loop(work: Callable[[], T]) -> T:
+    """Do in a thread what would hold the event loop up; where no thread is to be had, here."""
+    doing = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        await asyncio.wait({doing})
+        return doing.result()
+    except RuntimeError:  # no thread could be had; or it is work's own error, which it raises again
+        return work()
+    except asyncio.CancelledError:
+        if not doing.cancelled():  # it is the caller who was cancelled, not what waited for a thread
+            raise
+        return work()
+    finally:
+        doing.cancel()
 
 
 async def _perform(

@@ -1,6 +1,10 @@
 """The wire format: Python values to a request's bytes, a reply's bytes to values. Pure.
 
-- What cannot be sent is refused here, naming its place (``params.items[3].due``).
+- What cannot be sent is refused here, naming its place (``params.items[3].due``). What is sent is what was meant: an
+  infinite Decimal, a date that is none (pandas' NaT) and a field that was never set are refused like a set or bytes.
+- Params that hold nothing but what ``json.loads`` would return are encoded by ``json`` in one go, and looked through
+  afterwards. Everything else is converted value by value, which takes several times as long, and is also how the place
+  of what cannot be sent is found.
 - A reply is an object, bare or inside ``{"data": {...}, "error": null}``.
 - ``error`` beside a ``status`` belongs to the action; ``error`` without one belongs to the request.
 - ``read_reply`` is called in a thread, so that no body, however long, is read in the event loop.
@@ -10,17 +14,41 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import math
 import re
+from collections import deque
 from datetime import date, time, timedelta
 from enum import Enum
-from typing import Any, Mapping, NamedTuple, Union
+from itertools import chain
+from typing import AbstractSet, Any, Callable, Coroutine, Generator, Mapping, NamedTuple, Union, ValuesView
 
 from .models import RetryPolicy, check_type
 from .redaction import one_line
 
 LARGE_BODY = 64 * 1024  # bytes from which JSON keeps an event loop busy for over a millisecond, and belongs in a thread
+
+# Up to here params are encoded in about a millisecond, however they are: not worth a thread, whose start and end cost
+# the event loop a tenth of that.
+SMALL_VALUES = 1_000  # values and keys
+SMALL_TEXT = 10_000  # characters in all
+
+# Below this no Python refuses to write an int in decimal: sys.set_int_max_str_digits takes no limit under 640 digits.
+_SHORT_INT = 2_100  # bits
+
+# Exactly these types json encodes as they are; of a subclass it is another question what was meant.
+_SCALARS = frozenset((str, int, float, bool, type(None)))
+_CONTAINERS = frozenset((dict, list))
+
+# What isoformat gives, where that is ISO 8601: an offset has no seconds there.
+_ISO_8601 = re.compile(r"\d{4}-\d\d-\d\d|(\d{4}-\d\d-\d\dT)?\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:\d\d)?", re.ASCII)
+
+_Place = tuple[Union[str, int, None], ...]
+"""Where a value is: the argument's name, then the keys and indexes that lead to it, None for a key itself.
+
+It is put into words only when something is refused.
+"""
 
 
 class Request(NamedTuple):
@@ -87,15 +115,11 @@ def start_request(
     start_to_close_timeout: timedelta | None,
     idempotency_key: str,
 ) -> Request:
-    """Build the POST that starts an action."""
+    """Build the POST that starts an action; long params take long, so that is_small says where to do it."""
     check_type("action_name", action_name, str, "text")
     if not action_name.strip():
         raise ValueError("action_name must not be empty")
-    body = {
-        "action_name": _plain(action_name, "action_name"),
-        "params": _plain(params, "params"),
-        "is_external_action": True,
-    }
+    body = {"action_name": _plain(action_name, "action_name"), "params": params, "is_external_action": True}
     if summary is not None:
         check_type("summary", summary, str, "text")
         body["summary"] = _plain(summary, "summary")
@@ -108,7 +132,35 @@ def start_request(
             raise ValueError(f"action_start_to_close_timeout must be over zero: {start_to_close_timeout}")
         body["start_to_close_timeout_seconds"] = start_to_close_timeout.total_seconds()
     headers = {"Content-Type": "application/json", "Idempotency-Key": idempotency_key}
-    return Request("POST", "/actions", headers, _dump(body).encode())
+    return Request("POST", "/actions", headers, _encoded(body))
+
+
+def is_small(params: Any) -> bool:
+    """Whether params are encoded so quickly that no event loop minds; looks at no more of them than a small one has.
+
+    Models and dataclasses are not small: what their fields and their ``model_dump`` cost cannot be seen from outside.
+    """
+    values, characters = 1, 0
+    waiting = [params]
+    while waiting:
+        value = waiting.pop()
+        kind = type(value)
+        if issubclass(kind, str):
+            characters += len(value)
+        elif kind is dict or kind is list or kind is tuple:
+            values += len(value) * (2 if kind is dict else 1)
+            if values > SMALL_VALUES:
+                return False
+            waiting.extend(value)
+            if kind is dict:
+                waiting.extend(value.values())
+        elif kind not in _SCALARS and _has_parts(kind):
+            return False
+    return characters <= SMALL_TEXT
+
+
+def _has_parts(kind: type) -> bool:
+    return issubclass(kind, (Mapping, list, tuple)) or _dumper(kind) is not None or dataclasses.is_dataclass(kind)
 
 
 def poll_request(action_id: str) -> Request:
@@ -135,72 +187,215 @@ def is_action_id(value: Any) -> bool:
     )
 
 
+def _encoded(body: dict[str, Any]) -> bytes:
+    """Write a start's body, its params still as the caller passed them."""
+    params = body["params"]
+    # What json refuses is named or converted below.
+    with contextlib.suppress(TypeError, ValueError, RecursionError):
+        encoded = _encode(body)
+        if _is_plain(params):
+            return encoded
+    body["params"] = _plain(params, "params")
+    try:
+        return _encode(body)
+    except RecursionError:
+        raise ValueError("params: nested too deeply to send as JSON") from None
+
+
+def _encode(value: Any) -> bytes:
+    import json  # not needed to import zamp_sdk, and not cheap
+
+    return json.dumps(value, allow_nan=False, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether json has encoded a value as it was meant, down to the last key; only for what json did encode.
+
+    It goes through the value level by level, all containers of a level at once, so that what is done for each item is
+    done in C: in Python it would take several times as long as the encoding itself.
+    """
+    containers: list[Any] = [[value]]
+    while containers:
+        dicts = [container for container in containers if type(container) is dict]
+        lists = [container for container in containers if type(container) is list]
+        if set(map(type, chain.from_iterable(dicts))) - {str}:  # of keys
+            return False
+        items = list(chain(chain.from_iterable(map(dict.values, dicts)), chain.from_iterable(lists)))
+        kinds = set(map(type, items))
+        if kinds - _SCALARS - _CONTAINERS:
+            return False
+        containers = [item for item in items if type(item) is dict or type(item) is list] if kinds & _CONTAINERS else []
+    return True
+
+
 def _plain(value: Any, place: str) -> Any:
     try:
-        return _to_json_value(value, place, frozenset())
+        return _to_json_value(value, (place,), set())
     except RecursionError:
         raise ValueError(f"{place}: nested too deeply to send as JSON") from None
 
 
-def _to_json_value(value: Any, place: str, parents: frozenset[int]) -> Any:
-    """Convert what people pass to what json can write."""
-    if isinstance(value, Enum):
+def _to_json_value(value: Any, place: _Place, parents: set[int]) -> Any:
+    """Convert what people pass to what json can write.
+
+    What a value is, its type says and not its ``__class__``: a mock of a dict is no dict.
+    """
+    kind = type(value)
+    if issubclass(kind, Enum):
         return _to_json_value(value.value, place, parents)
-    if value is None or isinstance(value, int):
-        return value
-    if isinstance(value, str):
+    if issubclass(kind, str):
         if not _is_unicode(value):
-            raise ValueError(f"{place}: cannot send text with a lone surrogate as JSON")
+            raise ValueError(f"{_words(place)}: cannot send text with a lone surrogate as JSON")
         return value
-    if isinstance(value, float):
+    if value is None or issubclass(kind, int):
+        if value is not None and value.bit_length() > _SHORT_INT:
+            _check_digits(value, place)
+        return value
+    if issubclass(kind, float):
         if not math.isfinite(value):
-            raise ValueError(f"{place}: cannot send {value} as JSON")
+            raise ValueError(f"{_words(place)}: cannot send {float(value)} as JSON")
         return value
-    if isinstance(value, (date, time)):  # a datetime is a date
-        return value.isoformat()
-    if isinstance(value, timedelta):
-        return iso8601_duration(value)
-    if id(value) in parents:
-        raise ValueError(f"{place}: cannot send a value that contains itself as JSON")
-    parents |= {id(value)}
-    if isinstance(value, Mapping):
-        return _to_json_object(value, place, parents)
-    if isinstance(value, (list, tuple)):
-        return [_to_json_value(item, f"{place}[{index}]", parents) for index, item in enumerate(value)]
-    if not isinstance(value, type):
-        if hasattr(value, "model_dump"):
-            return _to_json_value(_model_dump(value), place, parents)
-        if dataclasses.is_dataclass(value):
-            fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-            return _to_json_object(fields, place, parents)
+    if issubclass(kind, (date, time)):  # a datetime is a date
+        text = value.isoformat()
+        if not isinstance(text, str) or not _ISO_8601.fullmatch(text):
+            raise ValueError(f"{_words(place)}: cannot send {text!s:.100} as JSON: it is no date or time in ISO 8601")
+        return text
+    if issubclass(kind, timedelta):
+        return iso8601_duration(_exact_timedelta(value, place))
+    dump = _dumper(kind)
+    is_object = dump is not None or dataclasses.is_dataclass(kind) or issubclass(kind, Mapping)
+    if is_object or issubclass(kind, (list, tuple)):
+        if id(value) in parents:
+            raise ValueError(f"{_words(place)}: cannot send a value that contains itself as JSON")
+        parents.add(id(value))
+        try:
+            if issubclass(kind, Mapping):
+                return _to_json_object(value, place, parents)
+            if not is_object:
+                return [_to_json_value(item, (*place, index), parents) for index, item in enumerate(value)]
+            if dump is not None:
+                return _to_json_value(_model_dump(value, dump), place, parents)
+            return _to_json_object(_fields(value, place), place, parents)
+        finally:
+            parents.discard(id(value))
     from decimal import Decimal  # rarely needed, and slow to import
     from uuid import UUID
 
-    if isinstance(value, (UUID, Decimal)):
-        return str(value)
-    raise TypeError(f"{place}: cannot send a {type(value).__name__} as JSON")
+    if issubclass(kind, Decimal):
+        if not value.is_finite():
+            raise ValueError(f"{_words(place)}: cannot send Decimal({Decimal.__str__(value)!r}) as JSON")
+        return Decimal.__str__(value)
+    if issubclass(kind, UUID):
+        return UUID.__str__(value)  # whatever a subclass shows people
+    raise TypeError(f"{_words(place)}: cannot send {_described(value)} as JSON{_advice(value)}")
 
 
-def _to_json_object(mapping: Mapping[Any, Any], place: str, parents: frozenset[int]) -> dict[str, Any]:
+def _to_json_object(mapping: Mapping[Any, Any], place: _Place, parents: set[int]) -> dict[str, Any]:
     plain: dict[str, Any] = {}
     for key, item in mapping.items():
-        name = _to_json_value(key, f"{place} (a key)", parents)
-        if name is None or isinstance(name, (int, float)):
-            name = _dump(name)  # as json itself writes such keys
-        elif not isinstance(name, str):
-            raise TypeError(f"{place}: cannot send a {type(key).__name__} as a key in JSON")
+        name = key
+        if type(key) is not str or not key.isascii():
+            name = _key(key, place, parents)
         if name in plain:
-            raise ValueError(f"{place}: two keys become {name!r} in JSON")
-        plain[name] = _to_json_value(item, f"{place}.{name}", parents)
+            raise ValueError(f"{_words(place)}: two keys become {name!r} in JSON")
+        plain[name] = _to_json_value(item, (*place, name), parents)
     return plain
 
 
-def _model_dump(model: Any) -> Any:
+def _key(key: Any, place: _Place, parents: set[int]) -> str:
+    name = _to_json_value(key, (*place, None), parents)
+    if name is None or isinstance(name, (int, float)):
+        return _dump(name)  # as json itself writes such keys
+    if not isinstance(name, str):
+        raise TypeError(f"{_words(place)}: cannot send {_described(key)} as a key in JSON")
+    return name
+
+
+def _check_digits(value: int, place: _Place) -> None:
+    """Refuse an int that Python itself refuses to write (sys.set_int_max_str_digits), naming its place."""
     try:
-        inspect.signature(model.model_dump).bind(mode="json")
+        int.__repr__(value)
+    except ValueError as exc:
+        raise ValueError(f"{_words(place)}: cannot send so long an int as JSON: {exc}") from None
+
+
+def _exact_timedelta(value: timedelta, place: _Place) -> timedelta:
+    """Return a subclass's duration as a plain timedelta; a ValueError if it is another (pandas has nanoseconds)."""
+    if type(value) is timedelta:
+        return value
+    # Not the attributes, which a subclass may count in its own way, as pendulum does.
+    days, seconds, microseconds = (vars(timedelta)[name].__get__(value) for name in ("days", "seconds", "microseconds"))
+    exact = timedelta(days, seconds, microseconds)
+    if exact != value:
+        raise ValueError(f"{_words(place)}: cannot send {value!r} as JSON: it is no whole number of microseconds")
+    return exact
+
+
+def _fields(value: Any, place: _Place) -> dict[str, Any]:
+    """Return a dataclass's fields; a ValueError if one was never set (``field(init=False)``, slots)."""
+    fields = {}
+    for field in dataclasses.fields(value):
+        try:
+            fields[field.name] = getattr(value, field.name)
+        except AttributeError as exc:
+            raise ValueError(f"{_words((*place, field.name))}: this field was never set") from exc
+    return fields
+
+
+def _dumper(kind: type) -> Callable[..., Any] | None:
+    """Return the ``model_dump`` of a class; on a mock, every attribute of the instance would do."""
+    dump = getattr(kind, "model_dump", None)
+    return dump if callable(dump) else None
+
+
+def _model_dump(model: Any, dump: Callable[..., Any]) -> Any:
+    if _has_modes(dump):
+        return model.model_dump(mode="json")  # which pydantic's custom serialisers need
+    return model.model_dump()
+
+
+@functools.lru_cache(maxsize=128)  # of classes: reading a signature takes longer than a small model's dump
+def _has_modes(dump: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(dump).bind(None, mode="json")
     except (TypeError, ValueError):  # it has no modes, or does not tell
-        return model.model_dump()
-    return model.model_dump(mode="json")  # which pydantic's custom serialisers need
+        return False
+    return True
+
+
+def _words(place: _Place) -> str:
+    """Name a place: ``params.items[3].due``, ``params['invoice id']``."""
+    words = str(place[0])
+    for step in place[1:]:
+        if step is None:
+            words += " (a key)"
+        else:
+            words += f".{step}" if isinstance(step, str) and step.isidentifier() else f"[{step!r:.100}]"
+    return words
+
+
+def _type_name(kind: type) -> str:
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _described(value: Any) -> str:
+    if isinstance(value, type):
+        return f"the class {_type_name(value)}"
+    name = _type_name(type(value))
+    return f"{'an' if name[0] in 'aeio' else 'a'} {name}"
+
+
+def _advice(value: Any) -> str:
+    """Say what to send instead, where that is plain."""
+    if isinstance(value, type):
+        return ": send an instance of it"
+    if isinstance(value, (AbstractSet, ValuesView, range, deque, Generator)):
+        return ": make it a list"
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return ": make it text, with decode() or base64"
+    if isinstance(value, Coroutine):
+        return ": await it first"
+    return ""
 
 
 def _is_unicode(text: str) -> bool:
