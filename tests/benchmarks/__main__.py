@@ -24,8 +24,8 @@ ROUNDS = 7
 INTRODUCTION = """# Measured beside the official SDK
 
 `make bench` wrote this file. It runs both SDKs on the same Python and against the same server on loopback, in turn, in
-fresh processes, and takes the medians of the rounds; the ratio is the median of the ratios pair by pair. Everything here
-is better when it is lower. *50 ms round trip* means that the server delays every byte by 25 ms each way."""
+fresh processes, and takes the medians of the rounds; the ratio is the median of the ratios pair by pair. Everything
+here is better when it is lower. *50 ms round trip* means that the server delays every byte by 25 ms each way."""
 
 
 def main() -> None:
@@ -33,7 +33,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="of each measurement (%(default)s)")
-    parser.add_argument("--python", type=Path, help="what runs both (default: the newest that can)")
+    parser.add_argument("--python", type=Path, help="runs both (default: the newest that can)")
     parser.add_argument("--write", action="store_true", help="write the files although there are fewer rounds")
     options = parser.parse_args()
     unknown = set(options.parts) - set(PARTS)
