@@ -50,7 +50,7 @@ def test_lateness_and_polls(seconds: float, mean: float, worst: float, polls: fl
     """Around each duration callers are told as late as the table says, after as many polls."""
     chance = random.Random(0)
     # From 4/5 to 5/4 of the duration: otherwise the first polls, whose jitter is small, would fall on the same side.
-    told = [follow(seconds * (0.8 + 0.45 * number / 200), chance.random) for number in range(200)]
+    told = [follow(seconds * (0.8 + 0.45 * number / 100), chance.random) for number in range(100)]
 
     assert statistics.mean(late for late, _ in told) == pytest.approx(mean, rel=0.15)
     assert max(late for late, _ in told) <= worst

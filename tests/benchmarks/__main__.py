@@ -14,12 +14,11 @@ from pathlib import Path
 from tests import official_sdk
 
 from .laboratory import ROOT, Laboratory
-from .parts import PARTS, RATIOS, expect_ratios
+from .parts import PARTS, RATIOS, ROUNDS, expect_ratios
 from .report import Part, block, replace_block, summary, table
 
 HERE = Path(__file__).parent
 OURS, THEIRS = "ours", "official"
-ROUNDS = 7
 
 INTRODUCTION = """# Measured beside the official SDK
 

@@ -13,8 +13,9 @@ from . import schedules
 from .laboratory import LATENCIES, Laboratory
 from .report import Part, Row, ratios
 
+ROUNDS = 7  # of each measurement, unless `--rounds` says otherwise
 SETS = 3  # of the actions whose lateness is measured
-SEEDS = 200  # runs of the simulated clock
+SAMPLES = 2000  # simulated actions around each duration
 FIRST_RESULT = (
     "import asyncio; from zamp_sdk import ActionExecutor; "
     "asyncio.run(ActionExecutor.execute('benchmark', {{'seconds': 0}}, base_url={!r}, auth_token='benchmark'))"
@@ -150,7 +151,7 @@ def _simulate(laboratory: Laboratory, part: Part) -> None:
     """
     for seconds in LONG:
         laboratory.progress(f"time to result: simulating actions of {seconds:.0f} s")
-        found = [schedules.around(seconds, schedule, SEEDS) for schedule in (schedules.ours, schedules.official)]
+        found = [schedules.around(seconds, schedule, SAMPLES) for schedule in (schedules.ours, schedules.official)]
         lateness = part.add(f"simulated: mean lateness around {seconds:,.0f} s", "s", *([f.lateness] for f in found))
         counted = part.add(f"simulated: mean polls around {seconds:,.0f} s", "", *([f.polls] for f in found))
         if seconds in (120.0, 600.0):

@@ -25,7 +25,8 @@ class Row:
         """The name and the figures, as a table shows them."""
         show = UNITS[self.unit]
         other = "" if self.other is None else show(self.other)
-        return self.name, show(self.this), other, "" if self.ratio is None else f"{self.ratio:.2f}"
+        ratio = "" if self.ratio is None else f"{self.ratio:.2f}" if self.ratio >= 0.1 else f"{self.ratio:.2g}"
+        return self.name, show(self.this), other, ratio
 
 
 @dataclass
