@@ -64,7 +64,7 @@ def main() -> None:
     print(f"\n{reached}, in {time.monotonic() - started:.0f} s.")
     if set(found) != set(PARTS):
         return
-    rows = {row.name: row for part in found.values() for row in part.rows}
+    rows = {row.name: row for part in found.values() if part.other is None for row in part.rows}
     missing = RATIOS.keys() - rows.keys()
     if missing:
         raise LookupError(f"targets for rows that nothing measured: {', '.join(missing)}")

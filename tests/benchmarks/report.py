@@ -54,6 +54,7 @@ class Part:
     """One part's findings."""
 
     title: str
+    other: str | None = None  # what its rows compare with, if not with the official SDK
     rows: list[Row] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
@@ -87,15 +88,16 @@ class Part:
         return lines
 
     def as_text(self, this: str, other: str) -> str:
-        """Render the rows as a Markdown table, and a line for each target and note; the arguments are the headers."""
-        parts = [f"## {self.title}", table(self.rows, this, other)]
+        """Render the rows as a Markdown table, and a line for each target and note; the arguments are headers."""
+        parts = [f"## {self.title}", table(self.rows, this, self.other or other)]
         lines = [f"- {line}" for line in [*self.verdicts(), *self.notes]]
         return "\n\n".join([*parts, "\n".join(lines)] if lines else parts)
 
 
 def table(rows: Sequence[Row], this: str, other: str) -> str:
-    """Render rows as a Markdown table."""
-    cells = [("", this, other, "ratio"), *(row.cells() for row in rows)]
+    """Render rows as a Markdown table, without the columns of what none of them compares with."""
+    columns = 2 if all(row.other is None for row in rows) else 4
+    cells = [line[:columns] for line in [("", this, other, "ratio"), *(row.cells() for row in rows)]]
     widths = [max(map(len, column)) for column in zip(*cells)]
     lines = [
         "| " + " | ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]) + " |"
@@ -108,11 +110,11 @@ def table(rows: Sequence[Row], this: str, other: str) -> str:
 # What the project's README shows, by the row's name; where the official SDK is better comes first.
 SUMMARY = {
     "mean polls of actions of 0 to 45 s": "requests to follow an action of 0 to 45 s, on average",
-    "1 plain: CPU after the import": "CPU after the import of one action of 0.2 s",
+    "1 action, plain: CPU after the import": "CPU after the import of one action of 0.2 s",
     "mean lateness of actions of 5 to 45 s": "how late the caller of an action of 5 to 45 s is told, on average",
     "from the import to the first result": "from the import to the first result",
-    "1,000 TLS: wall": "1,000 actions of 0.2 s at once, over TLS",
-    "1,000 TLS: peak memory": "peak memory of that process",
+    "1,000 actions, TLS: wall": "1,000 actions of 0.2 s at once, over TLS",
+    "1,000 actions, TLS: peak memory": "peak memory of that process",
 }
 BEGIN, END = "<!-- `make bench` writes from here -->", "<!-- to here -->"
 
