@@ -107,7 +107,7 @@ def table(rows: Sequence[Row], this: str, other: str) -> str:
     return "\n".join(lines)
 
 
-# What the project's README shows, by the row's name; where the official SDK is better comes first.
+# What the project's README shows, by the row's name.
 SUMMARY = {
     "mean polls of actions of 0 to 45 s": "requests to follow an action of 0 to 45 s, on average",
     "1 action, plain: CPU after the import": "CPU after the import of one action of 0.2 s",
@@ -120,8 +120,9 @@ BEGIN, END = "<!-- `make bench` writes from here -->", "<!-- to here -->"
 
 
 def summary(rows: dict[str, Row], this: str, other: str) -> str:
-    """The few rows that the project's README shows, as a Markdown table."""
-    return table([replace(rows[name], name=label) for name, label in SUMMARY.items()], this, other)
+    """The few rows that the project's README shows, as a Markdown table; those that the other side wins come first."""
+    shown = [replace(rows[name], name=label) for name, label in SUMMARY.items()]
+    return table(sorted(shown, key=lambda row: row.ratio is None or row.ratio <= 1), this, other)
 
 
 def block(text: str) -> str:

@@ -208,14 +208,17 @@ def test_the_retry_policies_are_the_same_but_for_the_default(official: Path) -> 
             required = False
         except Exception:
             required = True
-        print(json.dumps([required, {name: str(value) for name, value in vars(RetryPolicy.default()).items()}]))
+        kinds = [kind.__name__ for kind in RetryPolicy.__mro__]
+        print(json.dumps([required, kinds, {name: str(value) for name, value in vars(RetryPolicy.default()).items()}]))
     """
-    (their_required, theirs), (our_required, ours) = (
+    (their_required, their_kinds, theirs), (our_required, our_kinds, ours) = (
         run_program(official, program),
         run_program(sys.executable, program),
     )
     assert their_required
     assert our_required
+    assert "BaseModel" in their_kinds
+    assert our_kinds == ["RetryPolicy", "object"]
     assert theirs.pop("maximum_attempts") == "3"
     assert ours.pop("maximum_attempts") == "11"
     assert ours == theirs
