@@ -61,6 +61,7 @@ AWS Lambda:
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -109,21 +110,19 @@ def test_an_example_runs(example: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("example", TEST_MODULES, ids=range(len(TEST_MODULES)))
 def test_the_tests_among_the_examples_pass(example: str, tmp_path: Path) -> None:
-    """The example's tests pass when pytest runs them."""
+    """The example's tests pass when pytest runs them, with warnings as errors and behind a proxy that is not there."""
     (tmp_path / "test_example.py").write_text(example, encoding="utf-8")
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "--rootdir",
-        str(tmp_path),
-        str(tmp_path),
-    ]
+    options = ("-q", "-W", "error", "-p", "no:cacheprovider", "-o", "asyncio_default_fixture_loop_scope=function")
 
-    done = subprocess.run(command, cwd=TESTS.parent, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, tmp_path],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(TESTS.parent), "HTTP_PROXY": "http://127.0.0.1:9"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
 
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 passed" in done.stdout
