@@ -6,53 +6,21 @@ log file there. The arguments are pytest's. The exit status is 1 if the tests fa
 
 from __future__ import annotations
 
-import os
-import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # a script finds only what is beside it
+
+from tests.pythons import pythons  # noqa: E402  # the path comes first
+
 VENVS = ROOT / ".venvs"
 
 # Two Pythons at a time: one's installation mostly waits while the other's tests run.
 AT_A_TIME = 2
-
-# Prints the version, as in "3.13", or "3.13t" for a free-threaded build, where the tests can run.
-PROBE = """
-import sys, sysconfig
-if sys.version_info >= (3, 9) and sys.implementation.name == "cpython":
-    import ensurepip, venv
-    print("%d.%d" % sys.version_info[:2] + ("t" if sysconfig.get_config_var("Py_GIL_DISABLED") else ""))
-"""
-
-
-def candidates() -> Iterator[Path]:
-    """Yield what may be a Python: pyenv's own first, as the stand-ins that it puts on PATH run one version only."""
-    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
-    yield from sorted(pyenv.glob("versions/*/bin/python3"))
-    for folder in os.get_exec_path():
-        yield from sorted(
-            path for path in Path(folder).glob("python3*") if re.fullmatch(r"python3(\.\d+t?)?", path.name)
-        )
-    yield Path(sys.executable)
-
-
-def pythons() -> dict[str, Path]:
-    """Return one interpreter for each version, oldest first."""
-    found: dict[str, Path] = {}
-    for path in candidates():
-        try:
-            probe = subprocess.run([path, "-c", PROBE], capture_output=True, text=True, timeout=30, check=False)
-        except OSError:
-            continue
-        version = probe.stdout.strip()
-        if probe.returncode == 0 and version:
-            found.setdefault(version, path)
-    return dict(sorted(found.items(), key=lambda item: int(item[0].split(".")[1].rstrip("t"))))
 
 
 def test(version: str, interpreter: Path) -> bool:

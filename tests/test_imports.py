@@ -130,7 +130,7 @@ def describe(owner: type, name: str) -> str:
     return str(inspect.signature(getattr(owner, name)))
 
 
-def test_exports() -> None:
+def test_the_package_exports_these_names_and_no_others() -> None:
     """The package exports these names, and no others."""
     assert sorted(zamp_sdk.__all__) == [
         "ActionExecutor",
@@ -149,7 +149,7 @@ def test_exports() -> None:
     assert zamp_sdk.action_executor.__all__ == ["ActionExecutor", "ActionHandle"]
 
 
-def test_import_paths_of_the_official_sdk() -> None:
+def test_import_paths_of_the_official_sdk_work() -> None:
     """The names that the official SDK documents elsewhere are the same objects."""
     assert zamp_sdk.action_executor.utils.HttpClientError is zamp_sdk.HttpClientError
     assert zamp_sdk.action_executor.ActionExecutor is zamp_sdk.ActionExecutor
@@ -157,7 +157,7 @@ def test_import_paths_of_the_official_sdk() -> None:
 
 
 @pytest.mark.parametrize("name", PUBLIC)
-def test_members(name: str) -> None:
+def test_a_public_class_has_these_members_and_no_others(name: str) -> None:
     """A public class has these public members, with these signatures, and no others."""
     members = [member for member in vars(public_class(name)) if not member.startswith("_")]
 
@@ -165,13 +165,13 @@ def test_members(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONSTRUCTORS)
-def test_constructors(name: str) -> None:
+def test_what_people_construct_takes_these_arguments(name: str) -> None:
     """A class that people construct takes these arguments."""
     assert str(inspect.signature(public_class(name))) == CONSTRUCTORS[name]
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_exceptions(name: str) -> None:
+def test_an_exception_has_these_bases_and_attributes(name: str) -> None:
     """An exception has these bases and these attributes."""
     bases, attributes = ERRORS[name]
     error = public_class(name)("m")
@@ -181,7 +181,7 @@ def test_exceptions(name: str) -> None:
     assert str(error) == "m"
 
 
-def test_fields() -> None:
+def test_value_classes_have_their_parameters_as_fields() -> None:
     """The two value classes have their parameters as fields; a policy's default is the platform's."""
     assert vars(SdkConfig("https://example.com", "t")) == {"base_url": "https://example.com", "auth_token": "t"}
     assert vars(RetryPolicy.default()) == {
@@ -192,7 +192,7 @@ def test_fields() -> None:
     }
 
 
-def test_statuses() -> None:
+def test_there_are_six_statuses() -> None:
     """A status is text, one of six."""
     assert issubclass(ActionStatus, str)
     assert issubclass(ActionStatus, Enum)
@@ -206,7 +206,7 @@ def test_statuses() -> None:
     ]
 
 
-def test_what_awaits() -> None:
+def test_only_what_sends_something_is_awaited() -> None:
     """Only what sends something is a coroutine function."""
     awaited = {ActionExecutor.execute, ActionExecutor.start, zamp_sdk.ActionHandle.status, zamp_sdk.ActionHandle.result}
 
@@ -287,20 +287,20 @@ def imports(name: str) -> set[str]:
     return found
 
 
-def test_arrows_cover_every_module() -> None:
+def test_the_table_has_a_row_for_every_module() -> None:
     """The table of arrows has a row for every module."""
     assert set(MODULES) == set(ARROWS)
 
 
 @pytest.mark.parametrize("name", MODULES, ids=lambda name: name or "zamp_sdk")
-def test_arrows(name: str) -> None:
+def test_a_module_imports_only_what_the_table_lets_it(name: str) -> None:
     """A module imports only what the table lets it import, and at the time that the table says."""
     allowed = ARROWS[name]
 
     assert {target for target in imports(name) if target not in allowed and target.rstrip("?") not in allowed} == set()
 
 
-def test_no_cycles() -> None:
+def test_no_module_imports_itself() -> None:
     """No module imports itself, by whatever way, not even when a function is called."""
     graph = {name: {target.rstrip("?") for target in imports(name)} for name in MODULES}
 
@@ -318,7 +318,7 @@ def imported_by(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-def test_import_is_cheap() -> None:
+def test_importing_the_package_is_cheap() -> None:
     """`import zamp_sdk` loads neither the transport, the command line, the local platform nor what those need."""
     costly = {
         "argparse",
@@ -356,7 +356,7 @@ zamp_sdk.ActionExecutor.get_handle("act_1", base_url="https://example.com", auth
     assert imported_by(statement) & {"http.client", "urllib.request", "zamp_sdk.action_executor.exchange"} == set()
 
 
-def test_import_does_nothing_else() -> None:
+def test_importing_the_package_does_nothing_else() -> None:
     """`import zamp_sdk` starts no thread, sets no logging up and leaves the environment alone."""
     statement = """
 import logging, os, threading

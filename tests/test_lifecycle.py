@@ -206,45 +206,11 @@ def test_errors_say_what_to_do(answer: Reply, advice: str) -> None:
 # --- following --------------------------------------------------------------------------------------------------------
 
 
-def run_action(seconds: float, *, round_trip: float = 0.0, jitter: float = 0.5) -> tuple[float, int]:
-    """Follow an action of this length; return how late its result came, and after how many polls."""
-    end = 1000.0 + seconds
-    simulation = Simulation(
-        lambda self: COMPLETED if self.now + round_trip / 2 >= end else RUNNING, round_trip=round_trip, jitter=jitter
-    )
-    simulation.follow()
-    return simulation.now - end, len(simulation.sent)
-
-
-@pytest.mark.parametrize("seconds", [0.0, 0.1, 0.2, 0.5, 1, 2, 5, 10, 30, 60, 119, 120, 300, 600, 1800, 3600])
-@pytest.mark.parametrize("jitter", [0.0, 0.5, 1.0])
-def test_lateness(seconds: float, jitter: float) -> None:
-    """A result is never later than 0.15 s or 30 % of the action's time or 33 s, at any jitter."""
-    late, _ = run_action(seconds, jitter=jitter)
-    assert 0 <= late <= min(33.0, max(0.15, 0.3 * seconds)) + 1e-9
-
-
-@pytest.mark.parametrize(
-    ("seconds", "most_polls"), [(0, 1), (0.1, 2), (1, 10), (10, 20), (60, 28), (600, 49), (3600, 149)]
-)
-def test_number_of_polls(seconds: float, most_polls: int) -> None:
-    """Polls stay few: under 50 in ten minutes, and from 10 s on no more than a poll every 0.5 s would be."""
-    _, polls = run_action(seconds)
-    assert polls <= most_polls
-    assert seconds < 10 or polls <= seconds / 0.5
-
-
-@pytest.mark.parametrize("jitter", [0.0, 1.0])
-def test_jitter_changes_the_number_of_polls_by_a_tenth(jitter: float) -> None:
-    """Even a dice that always falls the same way costs or saves a tenth of the polls at most."""
-    assert run_action(600, jitter=jitter)[1] == pytest.approx(run_action(600)[1], rel=0.11)
-
-
 def test_a_slow_platform_is_left_in_peace() -> None:
     """Polls that take longer than their interval are still followed by half of it."""
     simulation = Simulation(lambda self: COMPLETED if len(self.sent) > 5 else RUNNING, round_trip=5.0)
     simulation.follow()
-    assert all(slept >= 0.5 * 0.25 * 5 for slept in simulation.slept)
+    assert all(slept >= 0.5 * 0.3 * 5**0.5 for slept in simulation.slept)
 
 
 def test_intervals_count_from_sending_to_sending() -> None:

@@ -73,12 +73,48 @@ def test_wheel_runs_on_any_python_from_3_9_on_and_needs_nothing_else(metadata: e
     assert metadata["License-Expression"] == "MIT"
 
 
-def test_versions_agree(metadata: email.message.Message) -> None:
+def test_an_index_takes_the_distributions_and_shows_their_readme(distributions: Path) -> None:
+    """`twine check --strict` has nothing to say about the wheel and the source distribution."""
+    pytest.importorskip("twine", reason="only the development tools of `make install` have it")
+    checked = subprocess.run(
+        [sys.executable, "-m", "twine", "--no-color", "check", "--strict", *distributions.iterdir()],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    assert checked.stdout.count("PASSED") == 2
+
+
+def test_the_metadata_says_what_this_is_and_where_it_comes_from(metadata: email.message.Message) -> None:
+    """The wheel's page on an index has a summary, README, authors, keywords, links, Pythons and operating systems."""
+    classifiers = metadata.get_all("Classifier", [])
+    urls = dict(link.split(", ", 1) for link in metadata.get_all("Project-URL", []))
+
+    assert "standard library" in metadata["Summary"]
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata.get_payload() == (ROOT / "README.md").read_text(encoding="utf-8")
+    assert metadata["Author"]
+    assert "zero-dependency" in metadata["Keywords"].split(",")
+    assert urls["Source"] == "https://github.com/Zampfi/zamp-sdk"
+    assert {f"Programming Language :: Python :: 3.{minor}" for minor in range(9, 15)} <= set(classifiers)
+    assert len([each for each in classifiers if each.startswith("Operating System :: ")]) == 3
+
+
+def test_readme_has_no_link_that_only_works_in_a_checkout() -> None:
+    """README is also the page on an index, where a path inside the repository leads nowhere."""
+    links = re.findall(r"\]\(([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+
+    assert [link for link in links if not link.startswith(("https://", "#"))] == []
+
+
+def test_the_metadata_and_the_package_name_the_same_version(metadata: email.message.Message) -> None:
     """pyproject.toml, which the metadata comes from, and `__version__` name the same version."""
     assert metadata["Version"] == zamp_sdk.__version__
 
 
-def test_console_script(wheel: Path) -> None:
+def test_the_only_command_installed_is_zamp_sdk(wheel: Path) -> None:
     """The only command that is installed is zamp-sdk, and it is the same as `python -m zamp_sdk`."""
     entry_points = configparser.ConfigParser()
     with zipfile.ZipFile(wheel) as archive:

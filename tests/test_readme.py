@@ -1,8 +1,70 @@
-"""Every Python example in the README runs, against the local platform."""
+"""Every Python example in the README runs, against the local platform; its figures are those that were measured.
+
+What the README claims about behaviour, and the tests that show it; one of the tests below looks whether they exist.
+
+Promises:
+  runs no action twice       test_faults.py::test_a_start_is_not_sent_again_after_what_may_have_started_it_or_never_will
+                             test_faults.py::test_a_start_is_sent_again_after_what_cannot_have_started_it
+  loses no running action    test_faults.py::test_a_poll_survives_whatever_may_pass
+                             test_executor.py::test_collect_elsewhere
+  one origin gets the token  test_http_client.py::test_redirects_are_not_followed
+                             test_faults.py::test_a_reply_that_echoes_the_token_does_not_make_an_error_show_it
+Install:
+  renamed or in a zip file   test_vendored.py::test_a_renamed_copy_and_an_installed_one_work_in_one_process
+                             test_vendored.py::test_runs_from_inside_a_zip
+  the layer and licence      test_layer.py::test_holds_the_package_and_its_licence
+                             test_layer.py::test_two_checkouts_give_the_same_bytes
+  the summary on an index    test_packaging.py::test_the_metadata_says_what_this_is_and_where_it_comes_from
+This one or the official one:
+  the same import and call   peers/test_official_sdk.py::test_the_same_call_makes_the_same_requests
+                             peers/test_official_sdk.py::test_the_same_reply_gives_the_same_result
+  execution_mode, log_action peers/test_official_sdk.py::test_the_signatures_are_the_same
+  no policy given            peers/test_official_sdk.py::test_without_a_policy_the_official_sdk_sends_one_of_its_own
+  RetryPolicy.default()      peers/test_official_sdk.py::test_the_retry_policies_are_the_same_but_for_the_default
+  values of a RetryPolicy    test_models.py::test_policy_is_frozen
+                             test_models.py::test_policy_refuses
+  an action that failed      peers/test_official_sdk.py::test_a_failed_action_is_a_runtime_error
+  Python 3.9 or later        test_packaging.py::test_wheel_runs_on_any_python_from_3_9_on_and_needs_nothing_else
+Configuration:
+  arguments win              test_models.py::test_arguments_come_first
+                             test_models.py::test_missing_configuration
+API and errors:
+  signatures and attributes  test_imports.py::test_a_public_class_has_these_members_and_no_others
+                             test_imports.py::test_an_exception_has_these_bases_and_attributes
+  errors can be pickled      test_errors.py::test_errors_survive
+Waiting:
+  four tries in 60 s         test_faults.py::test_a_start_is_given_up_after_four_tries
+                             test_lifecycle.py::test_start_gives_up_rather_than_wait_beyond_its_window
+  intervals and lateness     test_poll_interval.py::test_intervals_grow_from_a_tenth_of_a_second_to_half_a_minute
+                             test_poll_interval.py::test_lateness_and_polls
+  Retry-After                test_lifecycle.py::test_retry_after_of_a_good_reply
+                             test_lifecycle.py::test_retry_after_of_a_refused_poll
+  given up after 5 minutes   test_lifecycle.py::test_a_poll_is_given_up_after_five_minutes
+  404 within 10 s            test_lifecycle.py::test_not_found_just_after_the_start
+  the limit of a wait        test_lifecycle.py::test_wait_limit
+  cancelling                 test_executor.py::test_cancelled_execute_logs_the_id
+Testing your code:
+  fail_next and drop_next    test_local_platform.py::test_fail_next_answers_with_the_status_unprocessed
+                             test_local_platform.py::test_drop_next_closes_without_an_answer
+Network, logging, scaling:
+  proxies                    peers/test_tinyproxy.py::test_https_goes_through_a_tunnel
+                             peers/test_tinyproxy.py::test_no_proxy_goes_past_it
+  authorities                peers/test_certificates.py::test_ssl_cert_file_makes_a_private_ca_trusted
+                             peers/test_certificates.py::test_ssl_cert_dir_makes_a_private_ca_trusted
+  TLS 1.2, always verified   peers/test_certificates.py::test_tls_1_1_is_not_spoken
+                             peers/test_certificates.py::test_a_start_never_reaches_a_server_with_a_bad_certificate
+  nothing secret in the log  test_http_client.py::test_the_log_names_requests_and_nothing_secret
+AWS Lambda:
+  freezing; start and collect peers/test_lambda.py::test_three_invocations_with_a_freeze
+                             peers/test_lambda.py::test_start_in_one_function_and_collect_in_another
+"""
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +72,12 @@ import pytest
 
 from zamp_sdk.local_platform import LocalPlatform
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+TESTS = Path(__file__).parent
+README = (TESTS.parent / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
+PROGRAMS = [example for example in EXAMPLES if "import pytest" not in example]
+TEST_MODULES = [example for example in EXAMPLES if "import pytest" in example]
+MEASURED = re.compile(r"^<!-- `make bench` writes from here -->$(.*?)^<!-- to here -->$", re.DOTALL | re.MULTILINE)
 
 
 def run(example: str) -> dict[str, Any]:
@@ -21,8 +87,8 @@ def run(example: str) -> dict[str, Any]:
     return names
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=range(len(EXAMPLES)))
-def test_example(example: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("example", PROGRAMS, ids=range(len(PROGRAMS)))
+def test_an_example_runs(example: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The example runs, and its Lambda handlers answer."""
     platform = LocalPlatform()
     platform.action("send_invoice")(lambda params: params)
@@ -42,9 +108,61 @@ def test_example(example: str, monkeypatch: pytest.MonkeyPatch) -> None:
             assert names["collect_handler"](names["start_handler"](event, None), None) == {"result": event}
 
 
-def test_there_are_examples() -> None:
-    """The README has examples, and its first screen the two commands."""
-    assert len(EXAMPLES) >= 8
+@pytest.mark.parametrize("example", TEST_MODULES, ids=range(len(TEST_MODULES)))
+def test_the_tests_among_the_examples_pass(example: str, tmp_path: Path) -> None:
+    """The example's tests pass when pytest runs them, with warnings as errors and behind a proxy that is not there."""
+    (tmp_path / "test_example.py").write_text(example, encoding="utf-8")
+    options = ("-q", "-W", "error", "-p", "no:cacheprovider", "-o", "asyncio_default_fixture_loop_scope=function")
+
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options, tmp_path],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(TESTS.parent), "HTTP_PROXY": "http://127.0.0.1:9"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 passed" in done.stdout
+
+
+def test_the_readme_opens_with_the_two_commands_and_an_example() -> None:
+    """The first screen shows how to try it, how to test it, and a program that uses it."""
     first_screen = "\n".join(README.splitlines()[:30])
+
     assert "python3 -m zamp_sdk demo" in first_screen
     assert "make test" in first_screen
+    assert EXAMPLES[0] in first_screen
+    assert len(PROGRAMS) >= 8
+    assert len(TEST_MODULES) == 1
+
+
+def test_the_figures_are_those_that_were_measured() -> None:
+    """The README's figures are those at the head of what `make bench` wrote."""
+    written = (TESTS / "benchmarks" / "README.md").read_text(encoding="utf-8")
+
+    assert MEASURED.findall(README) == MEASURED.findall(written)
+    assert len(MEASURED.findall(README)) == 1
+
+
+def test_each_claim_has_a_test() -> None:
+    """The tests that are named above exist."""
+    assert __doc__ is not None
+    named = re.findall(r"(\S+\.py)::(test_\w+)", __doc__)
+
+    missing = [name for file, name in named if f"def {name}(" not in (TESTS / file).read_text(encoding="utf-8")]
+
+    assert len(named) > 30
+    assert missing == []
+
+
+def test_the_links_inside_the_readme_lead_somewhere() -> None:
+    """Each link to a section names a heading."""
+    headings = {
+        re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-")
+        for heading in re.findall(r"^#+ (.*)$", README, re.MULTILINE)
+    }
+
+    assert [link for link in re.findall(r"\]\(#([^)]+)\)", README) if link not in headings] == []

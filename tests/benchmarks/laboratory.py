@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import compileall
-import email
 import json
 import os
 import shutil
@@ -11,37 +9,46 @@ import subprocess
 import sys
 import threading
 import time
-import venv
-import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Union
 
 import trustme
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".bench"
-OFFICIAL = "zamp-sdk==1.1.0"
-OURS, THEIRS = "ours", "official"
-SDKS = (OURS, THEIRS)
 LATENCIES = (0.0, 0.025)  # s, one way
 WORKER = Path(__file__).with_name("worker.py")
 WORKLOAD_TIMEOUT = 120  # s
 
+Source = Union[Path, str]  # a checkout of this project, or a requirement for pip
+
 
 class Laboratory:
-    """Both SDKs, each in an environment with nothing else, and a server in a process of its own."""
+    """Two SDKs, each in an environment with nothing else, on the same Python; and a server in a process of its own.
 
-    def __init__(self) -> None:
+    Args:
+        python: The interpreter that runs both.
+        sources: By name, the one that is measured first, then the one that it is compared with.
+        rounds: How often the parts measure what is near its target; what takes long or varies little, they measure
+            less often.
+    """
+
+    def __init__(self, python: Path, sources: Mapping[str, Source], rounds: int) -> None:
+        self.ours, self.theirs = self.sides = tuple(sources)
+        self.rounds = rounds
+        self._python = python
+        self._sources = sources
         self._asking = threading.Lock()
         CACHE.mkdir(exist_ok=True)
         (CACHE / ".gitignore").write_text("*\n", encoding="ascii")
 
     def __enter__(self) -> Laboratory:  # noqa: PYI034  # Self needs Python 3.11
-        self._wheels = {sdk: CACHE / f"wheels-{sdk}" for sdk in SDKS}
-        self._environments = {sdk: CACHE / sdk for sdk in SDKS}
-        self._install_official()
-        self._install_ours()
+        command = [str(self._python), "-c", "import platform; print(platform.python_version())"]
+        self.python_version = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+        for side, source in self._sources.items():
+            self._install(side, source)
         authority = trustme.CA()
         authority.cert_pem.write_to_path(str(CACHE / "ca.pem"))
         certificate = authority.issue_cert("127.0.0.1")
@@ -114,11 +121,11 @@ class Laboratory:
 
     def wheels(self, sdk: str) -> list[Path]:
         """The wheels that this SDK is installed from, its dependencies' too."""
-        return sorted(self._wheels[sdk].glob("*.whl"))
+        return sorted((CACHE / f"{sdk}-wheels").glob("*.whl"))
 
     def installed(self, sdk: str) -> Path:
         """The folder the SDK and its dependencies are installed in; nothing else is."""
-        return next(self._environments[sdk].glob("[Ll]ib*/**/site-packages"))
+        return next((CACHE / sdk).glob("[Ll]ib*/**/site-packages"))
 
     def progress(self, text: str) -> None:
         """Say on a terminal what is being done, in place of what was said before."""
@@ -131,42 +138,34 @@ class Laboratory:
         return json.loads(self._server.stdout.readline())
 
     def _interpreter(self, sdk: str) -> Path:
-        return self._environments[sdk] / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+        return CACHE / sdk / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 
-    def _install_official(self) -> None:
-        stamp = CACHE / "official.installed"
-        made_for = f"{OFFICIAL} {sys.version}"
-        if stamp.exists() and stamp.read_text(encoding="utf-8") == made_for:
+    def _install(self, side: str, source: Source) -> None:
+        """Make the environment of one side; one from the index is kept until its version or the Python changes."""
+        stamp = CACHE / f"{side}.installed"
+        made_for = f"{source} on {self.python_version} at {self._python}"
+        if isinstance(source, str) and stamp.exists() and stamp.read_text(encoding="utf-8") == made_for:
             return
-        self.progress(f"installing {OFFICIAL}")
-        shutil.rmtree(self._wheels[THEIRS], ignore_errors=True)
-        # It says that it needs 3.12, but runs on 3.11 too. Its dependencies mean what they say, so they come apart;
-        # `download`, for `wheel` takes the option and does not heed it.
-        older = ["--ignore-requires-python"] if sys.version_info < (3, 12) else []
-        into: list[str | Path] = ["--dest", self._wheels[THEIRS]]
-        self._pip("download", *older, "--no-deps", *into, OFFICIAL)
-        with zipfile.ZipFile(self.wheels(THEIRS)[0]) as wheel:
-            (metadata,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
-            dependencies = email.message_from_bytes(wheel.read(metadata)).get_all("Requires-Dist", [])
-        self._pip("download", *into, *(name for name in dependencies if "extra ==" not in name))
-        self._install(THEIRS, older)
+        self.progress(f"installing {source}")
+        stamp.unlink(missing_ok=True)
+        wheels = CACHE / f"{side}-wheels"
+        shutil.rmtree(wheels, ignore_errors=True)
+        self._run(self._python, "-m", "venv", "--clear", "--without-pip", CACHE / side)
+        python = self._interpreter(side)
+        if isinstance(source, str):
+            self._pip("--python", python, "download", "--only-binary", ":all:", "--dest", wheels, source)
+        else:
+            # The development tools have the build backend: without isolation nothing is fetched.
+            self._pip("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", wheels, source)
+        self._pip("--python", python, "install", "--no-deps", *self.wheels(side))
+        # pip compiles nothing where PYTHONDONTWRITEBYTECODE is set, and then every import would compile.
+        self._run(python, "-I", "-m", "compileall", "-qq", self.installed(side))
         stamp.write_text(made_for, encoding="utf-8")
 
-    def _install_ours(self) -> None:
-        self.progress("installing this checkout")
-        shutil.rmtree(self._wheels[OURS], ignore_errors=True)
-        # The development tools have the build backend: without isolation nothing is fetched.
-        self._pip("wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", self._wheels[OURS], ROOT)
-        self._install(OURS, [])
-
-    def _install(self, sdk: str, options: list[str]) -> None:
-        environment = self._environments[sdk]
-        venv.create(environment, clear=True, with_pip=False, symlinks=os.name != "nt")
-        self._pip("--python", self._interpreter(sdk), "install", "--no-deps", *options, *self.wheels(sdk))
-        # pip compiles nothing where PYTHONDONTWRITEBYTECODE is set, and then every import would compile.
-        compileall.compile_dir(self.installed(sdk), quiet=2)
+    @classmethod
+    def _pip(cls, *arguments: str | Path) -> None:
+        cls._run(sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments)
 
     @staticmethod
-    def _pip(*arguments: str | Path) -> None:
-        command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *map(str, arguments)]
-        subprocess.run(command, check=True, stdin=subprocess.DEVNULL, stdout=sys.stderr)
+    def _run(*command: str | Path) -> None:
+        subprocess.run(list(map(str, command)), check=True, stdin=subprocess.DEVNULL, stdout=sys.stderr)

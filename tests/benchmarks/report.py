@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Callable
 
 
 @dataclass
 class Row:
-    """One figure of both SDKs, and the median of the ratios taken pair by pair."""
+    """One figure of both sides, less is better, and the median of the ratios taken pair by pair."""
 
     name: str
     unit: str
-    ours: float
-    official: float | None = None
+    this: float
+    other: float | None = None
     ratio: float | None = None
     rounds: int = 1
-    ours_rounds: list[float] = field(default_factory=list)  # in the order they were measured, for who doubts a median
-    official_rounds: list[float] = field(default_factory=list)
+    this_rounds: list[float] = field(default_factory=list)  # in the order they were measured, for who doubts a median
+    other_rounds: list[float] = field(default_factory=list)
+
+    def cells(self) -> tuple[str, str, str, str]:
+        """The name and the figures, as a table shows them."""
+        show = UNITS[self.unit]
+        other = "" if self.other is None else show(self.other)
+        ratio = "" if self.ratio is None else f"{self.ratio:.2f}" if self.ratio >= 0.1 else f"{self.ratio:.2g}"
+        return self.name, show(self.this), other, ratio
 
 
 @dataclass
@@ -47,24 +54,20 @@ class Part:
     """One part's findings."""
 
     title: str
+    other: str | None = None  # what its rows compare with, if not with the official SDK
     rows: list[Row] = field(default_factory=list)
     targets: list[Target] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     series: dict[str, list[dict[str, float]]] = field(default_factory=dict)  # for the chart, by SDK
 
-    def add(self, name: str, unit: str, ours: Sequence[float], official: Sequence[float] = ()) -> Row:
-        """Add the medians of both SDKs' rounds, and the median of their ratios."""
+    def add(self, name: str, unit: str, this: Sequence[float], other: Sequence[float] = ()) -> Row:
+        """Add the medians of both sides' rounds, and the median of their ratios."""
         row = Row(
-            name,
-            unit,
-            statistics.median(ours),
-            rounds=len(ours),
-            ours_rounds=list(ours),
-            official_rounds=list(official),
+            name, unit, statistics.median(this), rounds=len(this), this_rounds=list(this), other_rounds=list(other)
         )
-        if official:
-            row.official = statistics.median(official)
-            row.ratio = statistics.median(ratios(ours, official)) if all(official) else None
+        if other:
+            row.other = statistics.median(other)
+            row.ratio = statistics.median(ratios(this, other)) if all(other) else None
         self.rows.append(row)
         return row
 
@@ -72,33 +75,68 @@ class Part:
         """Note a target: the median of these figures is at most the limit."""
         self.targets.append(Target(name, unit, statistics.median(figures), limit, (min(figures), max(figures))))
 
-    def as_text(self) -> str:
-        """Render the rows as a Markdown table, and a line for each target and note."""
-        table = [("", "zamp-sdk (this)", "official", "this / official", "rounds")]
-        table += [
-            (
-                row.name,
-                UNITS[row.unit](row.ours),
-                "" if row.official is None else UNITS[row.unit](row.official),
-                "" if row.ratio is None else f"{row.ratio:.4f}",
-                str(row.rounds),
-            )
-            for row in self.rows
-        ]
-        widths = [max(map(len, column)) for column in zip(*table)]
-        lines = [
-            "| " + " | ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]) + " |"
-            for row in table
-        ]
-        lines.insert(1, "|" + "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|")
+    def verdicts(self) -> list[str]:
+        """A line for each target."""
+        lines = []
         for target in self.targets:
             show = UNITS[target.unit]
-            verdict = "reached    " if target.reached else "NOT REACHED"
-            line = f"{verdict} {target.name}: {show(target.figure)} (at most {show(target.limit)})"
+            verdict = "reached" if target.reached else "**not reached**"
+            line = f"{verdict}: {target.name}: {show(target.figure)} (at most {show(target.limit)})"
             if target.spread and target.spread[0] != target.spread[1]:
                 line += f", rounds {show(target.spread[0])} to {show(target.spread[1])}"
-            lines.append(line if target.decided else line + ": THE ROUNDS DISAGREE")
-        return "\n".join([f"\n## {self.title}\n", *lines[: len(table) + 1], "", *lines[len(table) + 1 :], *self.notes])
+            lines.append(line if target.decided else f"{line}; the rounds disagree")
+        return lines
+
+    def as_text(self, this: str, other: str) -> str:
+        """Render the rows as a Markdown table, and a line for each target and note; the arguments are headers."""
+        parts = [f"## {self.title}", table(self.rows, this, self.other or other)]
+        lines = [f"- {line}" for line in [*self.verdicts(), *self.notes]]
+        return "\n\n".join([*parts, "\n".join(lines)] if lines else parts)
+
+
+def table(rows: Sequence[Row], this: str, other: str) -> str:
+    """Render rows as a Markdown table, without the columns of what none of them compares with."""
+    columns = 2 if all(row.other is None for row in rows) else 4
+    cells = [line[:columns] for line in [("", this, other, "ratio"), *(row.cells() for row in rows)]]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    lines = [
+        "| " + " | ".join([row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:]))]) + " |"
+        for row in cells
+    ]
+    lines.insert(1, "|" + "|".join(["-" * (widths[0] + 2), *("-" * (w + 1) + ":" for w in widths[1:])]) + "|")
+    return "\n".join(lines)
+
+
+# What the project's README shows, by the row's name.
+SUMMARY = {
+    "mean polls of actions of 0 to 45 s": "requests to follow an action of 0 to 45 s, on average",
+    "1 action, plain: CPU after the import": "CPU after the import of one action of 0.2 s",
+    "mean lateness of actions of 5 to 45 s": "how late the caller of an action of 5 to 45 s is told, on average",
+    "from the import to the first result": "from the import to the first result",
+    "1,000 actions, TLS: wall": "1,000 actions of 0.2 s at once, over TLS",
+    "1,000 actions, TLS: peak memory": "peak memory of that process",
+}
+BEGIN, END = "<!-- `make bench` writes from here -->", "<!-- to here -->"
+
+
+def summary(rows: dict[str, Row], this: str, other: str) -> str:
+    """The few rows that the project's README shows, as a Markdown table; those that the other side wins come first."""
+    shown = [replace(rows[name], name=label) for name, label in SUMMARY.items()]
+    return table(sorted(shown, key=lambda row: row.ratio is None or row.ratio <= 1), this, other)
+
+
+def block(text: str) -> str:
+    """Put a text between the comments that mark what `make bench` writes."""
+    return f"{BEGIN}\n\n{text}\n\n{END}"
+
+
+def replace_block(document: str, text: str) -> str:
+    """Put another text between those comments in a document."""
+    before, begin, rest = document.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        raise LookupError(f"the document has no {BEGIN} or no {END}")
+    return before + block(text) + after
 
 
 UNITS: dict[str, Callable[[float], str]] = {
@@ -108,7 +146,8 @@ UNITS: dict[str, Callable[[float], str]] = {
     "kB": lambda size: f"{size / 1e3:,.0f} kB",
     "MB": lambda size: f"{size / 1e6:,.1f} MB",
     "": lambda number: f"{number:,.0f}",
-    "x": lambda number: f"{number:.4f}",
+    "mean": lambda number: f"{number:,.1f}",
+    "x": lambda number: f"{number:.3f}",
 }
 """How a figure in SI units is shown."""
 

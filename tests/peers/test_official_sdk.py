@@ -15,13 +15,12 @@ from typing import Any, TypeVar
 
 import pytest
 
+from tests import official_sdk
 from tests.peers.conftest import absent
 from tests.peers.venvs import ROOT, venv
 from tests.servers import RESULT, TOKEN, Received, Server, Wire, reply
 
 T = TypeVar("T")
-
-VERSION = "1.1.0"
 
 # The arguments of each call, as they stand in a program.
 CALLS = {
@@ -106,10 +105,12 @@ def body(request: Received) -> Any:
 
 @pytest.fixture(scope="module")
 def official() -> Path:
-    """The Python that has the official SDK: it asks for 3.12, and works on 3.11 as far as these tests go."""
-    if sys.version_info < (3, 11):
-        absent("the official SDK does not run on Python 3.10 and older")
-    return venv("official", "--ignore-requires-python", f"zamp-sdk=={VERSION}")
+    """A Python that has the newest official SDK on the index: one that changes the wire fails the tests below."""
+    try:
+        newest = official_sdk.find()
+    except LookupError as exc:
+        absent(str(exc))
+    return venv("official", newest.requirement, interpreter=newest.python)
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +173,7 @@ def test_each_start_has_an_idempotency_key_of_its_own(requests: Both[dict[str, l
 
 
 def test_without_a_policy_the_official_sdk_sends_one_of_its_own(requests: Both[dict[str, list[Received]]]) -> None:
-    """The one difference in a body: 1.1.0 fills in its default of 3 attempts, where we leave it to the platform."""
+    """The one difference in a body: they fill in their default of 3 attempts, where we leave it to the platform."""
     theirs, ours = (body(recorded["bare"][0]) for recorded in requests)
     assert "retry_policy" not in ours
     assert theirs.pop("retry_policy") == {
@@ -185,7 +186,7 @@ def test_without_a_policy_the_official_sdk_sends_one_of_its_own(requests: Both[d
 
 
 def test_the_signatures_are_the_same(official: Path) -> None:
-    """Every parameter of our execute is one of theirs, of the same kind and default; theirs has execution_mode too."""
+    """Every parameter of our execute is one of theirs, of the same kind and default; these two are theirs alone."""
     program = """if True:
         import inspect, json
         from zamp_sdk import ActionExecutor
@@ -193,11 +194,12 @@ def test_the_signatures_are_the_same(official: Path) -> None:
         print(json.dumps([[p.name, p.kind.name, repr(p.default)] for p in parameters]))
     """
     theirs, ours = run_program(official, program), run_program(sys.executable, program)
-    assert [parameter for parameter in theirs if parameter[0] != "execution_mode"] == ours
+    assert [parameter for parameter in theirs if parameter[0] not in {"execution_mode", "log_action"}] == ours
+    assert {"execution_mode", "log_action"} < {parameter[0] for parameter in theirs}
 
 
 def test_the_retry_policies_are_the_same_but_for_the_default(official: Path) -> None:
-    """Both have four fields without defaults; default() has 3 attempts in 1.1.0, and 11 here as in 0.0.3."""
+    """Both have four fields without defaults; default() has 3 attempts there, and 11 here."""
     program = """if True:
         import json
         from zamp_sdk import RetryPolicy
@@ -206,17 +208,47 @@ def test_the_retry_policies_are_the_same_but_for_the_default(official: Path) -> 
             required = False
         except Exception:
             required = True
-        print(json.dumps([required, {name: str(value) for name, value in vars(RetryPolicy.default()).items()}]))
+        kinds = [kind.__name__ for kind in RetryPolicy.__mro__]
+        print(json.dumps([required, kinds, {name: str(value) for name, value in vars(RetryPolicy.default()).items()}]))
     """
-    (their_required, theirs), (our_required, ours) = (
+    (their_required, their_kinds, theirs), (our_required, our_kinds, ours) = (
         run_program(official, program),
         run_program(sys.executable, program),
     )
     assert their_required
     assert our_required
+    assert "BaseModel" in their_kinds
+    assert our_kinds == ["RetryPolicy", "object"]
     assert theirs.pop("maximum_attempts") == "3"
     assert ours.pop("maximum_attempts") == "11"
     assert ours == theirs
+
+
+# What actions return, each as the server sends it.
+RESULTS = [None, True, 0, 2**60, 1.5, "", "ü😀", [], [1, [2]], {}, {"a": {"b": None}}, {"status": "RUNNING"}]
+
+
+@pytest.fixture(scope="module")
+def results(official: Path) -> Both[list[Any]]:
+    """What both SDKs return for each of the results."""
+
+    def complete(wire: Wire) -> bool:
+        assert wire.request is not None
+        result = RESULTS[int(wire.request.target.split("/")[1][len("call-") :])]
+        return reply(200, {"status": "COMPLETED", "result": result, "error": None})(wire)
+
+    def collect(python: Path | str) -> list[Any]:
+        with Server() as server:
+            server.always("GET", complete)
+            return make_calls(python, [BARE_CALL] * len(RESULTS), server)
+
+    return collect(official), collect(sys.executable)
+
+
+@pytest.mark.parametrize("number", range(len(RESULTS)), ids=[json.dumps(result) for result in RESULTS])
+def test_the_same_reply_gives_the_same_result(results: Both[list[Any]], number: int) -> None:
+    """Whatever JSON an action returns, both SDKs return the same value."""
+    assert results[0][number] == results[1][number] == {"result": RESULTS[number]}
 
 
 # How an action ended, its error, and what the official SDK raises then.

@@ -16,16 +16,19 @@ from tests.peers.conftest import absent
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def venv(name: str, *requirements: str) -> Path:
-    """Return the Python of an environment that has these packages; it is made anew when they change."""
+def venv(name: str, *requirements: str, interpreter: Path | None = None) -> Path:
+    """Return the Python of an environment that has these packages; it is made anew when they change.
+
+    The environment is of this Python, or of another ``interpreter``.
+    """
     folder = ROOT / ".venvs" / f"{name}-{sys.version_info[0]}.{sys.version_info[1]}"
     python = folder / "bin" / "python"
     installed = folder / "installed.txt"
-    wanted = "\n".join((sys.version, *requirements))
+    wanted = "\n".join((sys.version, str(interpreter), *requirements))
     if not installed.exists() or installed.read_text() != wanted:
         shutil.rmtree(folder, ignore_errors=True)
         try:
-            _run(sys.executable, "-m", "venv", folder)
+            _run(interpreter or sys.executable, "-m", "venv", "--clear", folder)
             _run(python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *requirements)
         except subprocess.CalledProcessError as exc:
             absent(f"cannot install {', '.join(requirements)}: {exc.stderr.strip()[-500:]}")

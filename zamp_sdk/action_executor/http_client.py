@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from .exchange import Exchange
     from .models import SdkConfig
 
-__version__ = "1.0.0"  # of the package; the User-Agent tells it
+__version__ = "1.1.0"  # of the package; the User-Agent tells it
 
 SLOTS = 64  # requests in flight per event loop
 UNWIND = 1.0  # s for a thread to notice that it was cut off

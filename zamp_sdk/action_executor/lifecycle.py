@@ -28,7 +28,10 @@ REQUEST_TIMEOUT = 30.0  # s for one request as a whole
 START_TRIES, START_WINDOW = 4, 60.0  # a start is tried this often, within this many s
 POLL_FAILURE_WINDOW = 300.0  # s without one good reply before a wait is given up
 POLL_NOT_FOUND_GRACE = 10.0  # s after its start in which a platform may not know its own action
-POLL_MIN, POLL_MAX, POLL_FRACTION = 0.1, 30.0, 0.25  # s, s, and the share of the time elapsed
+POLL_MIN, POLL_MAX = 0.1, 30.0  # s between two polls: what a platform can be asked for, and what a person will wait
+POLL_FRACTION = 0.25  # of the time elapsed: with the jitter, no result is over 30 % late
+POLL_ROOT = 0.3  # s, times the root of the seconds elapsed: about 170 polls in 10 minutes
+POLL_JITTER = 0.1  # of the interval, either way: callers that started together do not poll together
 BACKOFF_MIN, BACKOFF_MAX = 0.5, 30.0  # s
 RETRY_AFTER_MAX = 120.0  # s that a refused poll may be told to wait
 MINIMUM_WAIT_LIMIT = 3600.0  # s
@@ -196,8 +199,19 @@ def wait_limit(policy: RetryPolicy | None, start_to_close_timeout: timedelta | N
 
 
 def poll_interval(elapsed: float, jitter: float) -> float:
-    """Seconds from one poll to the next: a quarter of the time elapsed, so that no result is over 25 % late."""
-    return min(POLL_MAX, max(POLL_MIN, POLL_FRACTION * elapsed)) * (0.9 + 0.2 * jitter)
+    """Seconds from one poll to the next: a share of the time elapsed, from 1.44 s on of its root, within bounds.
+
+    Why the root: a second of lateness costs the caller as much after an hour as after a second, and a poll costs the
+    platform the same at any time. Where durations spread over all scales, the sum of both is least if the interval
+    grows with the root of the time elapsed. What is over sooner is polled by a share of the time elapsed: its caller
+    compares the lateness with how long the action took.
+
+    Args:
+        elapsed: Seconds since the action's start.
+        jitter: A random number from 0 to 1.
+    """
+    interval = min(POLL_FRACTION * elapsed, POLL_ROOT * math.sqrt(elapsed), POLL_MAX)
+    return max(POLL_MIN, interval) * (1 - POLL_JITTER + 2 * POLL_JITTER * jitter)
 
 
 def backoff(failures: int, jitter: float) -> float:
