@@ -15,9 +15,9 @@ import pytest
 import trustme
 
 from tests.servers import TOKEN, server_context
-from zamp_sdk.action_executor import connections, exchange, executor, http_client, lifecycle
+from zamp_sdk.action_executor import exchange, executor, http_client, lifecycle, messages, pool
 from zamp_sdk.action_executor.models import SdkConfig
-from zamp_sdk.action_executor.wire import Answer, Request
+from zamp_sdk.action_executor.wire import Answer, Progress, Request
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -75,9 +75,11 @@ def clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def _forget() -> None:
-    exchange._opener.cache_clear()
-    connections.pool.close()
-    connections.pool._context = None
+    exchange._routes.clear()
+    messages._proxies.cache_clear()
+    messages._opener.cache_clear()
+    pool.shared_pool().close_idle()
+    pool.shared_pool().forget_tls_context()
     executor._warn_of_plain_http.cache_clear()
 
 
@@ -108,9 +110,7 @@ def pace(monkeypatch: pytest.MonkeyPatch) -> Pace:
     monkeypatch.setattr(lifecycle, "POLL_MIN", 0.005)
     really_send = http_client.send
 
-    async def send(
-        config: SdkConfig, request: Request, timeout: float, progress: http_client.Progress | None = None
-    ) -> Answer:
+    async def send(config: SdkConfig, request: Request, timeout: float, progress: Progress | None = None) -> Answer:
         return await really_send(config, request, pace.timeout(request.method, timeout), progress)
 
     monkeypatch.setattr(http_client, "send", send)

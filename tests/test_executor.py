@@ -29,7 +29,7 @@ from zamp_sdk import (
     MissingConfigError,
     RetryPolicy,
 )
-from zamp_sdk.action_executor import executor, http_client, lifecycle
+from zamp_sdk.action_executor import executor, http_client, lifecycle, pool
 from zamp_sdk.action_executor.wire import ActionReply, read_reply
 from zamp_sdk.local_platform import LocalPlatform
 
@@ -188,16 +188,17 @@ async def test_collect_elsewhere(platform: LocalPlatform) -> None:
     assert await handle.result() == Invoice(number=7)
 
 
-async def test_a_timeout_holds_while_others_take_every_slot(
+async def test_a_timeout_holds_while_others_have_every_connection(
     platform: LocalPlatform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A caller's timeout counts the wait for a turn among the requests of the event loop, too."""
-    monkeypatch.setattr(http_client, "SLOTS", 1)
+    """A caller's timeout counts the wait for a connection, too."""
+    monkeypatch.setattr(pool, "MAX_CONNECTIONS", 1)
     monkeypatch.setattr(executor, "GRACE", 0.0)
     handle = await ActionExecutor.start("wait", 0.0)
-    async with vars(asyncio.get_running_loop())[http_client.__name__]:
-        with pytest.raises(ActionTimeoutError) as caught:
-            await handle.result(timeout=timedelta(seconds=0.05))
+    await pool.shared_pool().enter()
+    with pytest.raises(ActionTimeoutError) as caught:
+        await handle.result(timeout=timedelta(seconds=0.05))
+    pool.shared_pool().leave()
     assert (caught.value.action_id, caught.value.waited) == (handle.id, 0.05)
     assert await handle.result(timeout=timedelta(seconds=30)) == "waited"
 

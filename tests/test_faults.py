@@ -54,7 +54,7 @@ from tests.servers import (
     tunnel,
 )
 from zamp_sdk import ActionExecutor, ActionFailedError, HttpClientError
-from zamp_sdk.action_executor import connections, exchange, lifecycle
+from zamp_sdk.action_executor import connections, lifecycle, messages
 
 RETRY, UNKNOWN, RAISE = "retry", "unknown", "raise"
 TRIES = 4  # of a start
@@ -259,12 +259,10 @@ HANDSHAKES = [
 PROXIES = [
     *(
         Fault(f"HTTP {code}", reply(code), RETRY, RETRY, f"Tunnel connection failed: {code}")
-        for code in (500, 502, 503, 504)
+        for code in (408, 425, 429, 500, 502, 503, 504)
     ),
-    *(
-        Fault(f"HTTP {code}", reply(code), RAISE, RAISE, "user name and password into HTTPS_PROXY")
-        for code in (403, 407)
-    ),
+    Fault("HTTP 403", reply(403), RAISE, RAISE, "the proxy does not let you through to platform.test"),
+    Fault("HTTP 407", reply(407), RAISE, RAISE, "user name and password into HTTPS_PROXY"),
     Fault("reset", reset, RETRY, RETRY, "cannot connect to platform.test"),
     Fault("end of the connection", hang_up, RETRY, RETRY, "cannot connect to platform.test"),
     Fault("silence", silent, RETRY, RETRY, "timed out", timeout=SHORT),
@@ -540,7 +538,7 @@ async def test_retry_after_is_waited_for(pace: Pace) -> None:
 )
 async def test_a_body_over_the_limit_is_not_read(rest: bytes, pace: Pace, monkeypatch: pytest.MonkeyPatch) -> None:
     """However a body that is too large is framed, it is given up: the start's fate is unknown, and a poll raises."""
-    monkeypatch.setattr(exchange, "MAX_BODY", 2000)
+    monkeypatch.setattr(messages, "MAX_REPLY", 2000)
     with Server() as server:
         too_large = raw(b"HTTP/1.1 200 OK\r\n" + rest)
         server.on("POST", too_large)

@@ -228,14 +228,23 @@ ARROWS: dict[str, set[str]] = {
         "action_executor.redaction",
         "action_executor.wire",
     },
-    "action_executor.connections": set(),
-    "action_executor.exchange": {"action_executor.connections", "action_executor.wire"},
-    "action_executor.http_client": {
-        "action_executor.models",
+    "action_executor.hops": set(),
+    "action_executor.connections": {"action_executor.hops"},
+    "action_executor.pool": {"action_executor.connections"},
+    "action_executor.messages": {"action_executor.connections", "action_executor.hops", "action_executor.wire"},
+    "action_executor.exchange": {
+        "action_executor.connections",
+        "action_executor.hops",
+        "action_executor.messages?",
+        "action_executor.models?",
+        "action_executor.pool",
         "action_executor.redaction",
         "action_executor.wire",
-        "action_executor.connections?",
+    },
+    "action_executor.http_client": {
         "action_executor.exchange?",
+        "action_executor.models?",
+        "action_executor.wire",
     },
     "action_executor.executor": {
         "errors",
@@ -337,6 +346,8 @@ def test_importing_the_package_is_cheap() -> None:
         "zamp_sdk.local_platform",
         "zamp_sdk.action_executor.connections",
         "zamp_sdk.action_executor.exchange",
+        "zamp_sdk.action_executor.messages",
+        "zamp_sdk.action_executor.pool",
     }
 
     loaded = imported_by("import zamp_sdk")

@@ -17,7 +17,7 @@ import pytest
 
 from tests.conftest import Pace
 from tests.servers import closed_port
-from zamp_sdk.action_executor import connections
+from zamp_sdk.action_executor.pool import shared_pool
 
 # Read here because tests begin without any ZAMP_ variable.
 REQUIRED = os.environ.get("ZAMP_TEST_PEERS") == "required"
@@ -92,4 +92,4 @@ def quick(pace: Pace) -> Pace:
 def no_lease_left(clean_slate: None) -> Iterator[None]:
     """Whatever happens to a request, its connection goes back to the pool or is closed."""
     yield
-    assert not connections.pool._leased
+    assert shared_pool().rooms_taken == 0

@@ -1,263 +1,287 @@
-"""The process's connections: dialing, TLS, the pool, and what an event loop holds of a thread that blocks on one.
+"""One connection to a platform or a proxy: dialing, TLS, and sending and receiving without ever blocking.
 
-It needs neither urllib.request nor http.client, so that the first request can dial while those are imported.
+A ``Connection`` is a non-blocking socket with bytes before and behind it. ``send`` puts bytes into ``outgoing``;
+``flush`` hands the socket as many of them as it takes, and ``receive`` moves what has come to ``incoming``. Neither
+waits: who wants more waits for the socket (``Hops.until_ready``) and calls again.
+
+TLS is an ``ssl.SSLObject`` between two memory buffers, so that it does no I/O of its own. All that has come is
+decrypted at once: what OpenSSL held back would be invisible to a wait for the socket.
+
+Exactly one side works on a connection at a time. While a request has it, that is the event loop, or the hop (a thread)
+that the loop waits for; between requests it is the pool. So there is no lock here.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import errno
+import functools
+import itertools
 import os
-import select
 import socket
 import ssl
-import sys
-import threading
-import time
-from typing import Any, Generator, NamedTuple
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Any, Iterator
 
-MAX_SOCKETS = 64  # in the process, idle ones included
-MAX_IDLE, MAX_IDLE_FOR_START = 10.0, 1.0  # s; a thawed process sees no FIN
-CONNECT_TIMEOUT = 10.0  # s for one address, so that a dead one leaves time for the next
-PATIENCE = 0.002  # s that a thread waits for its socket before it leaves the wait to the event loop
+from .hops import READ, WRITE, Hops, is_ready
+
+CONNECT_TIMEOUT = 10.0
+"""Seconds for TCP to connect to any of a host's addresses, so that a start has time for its other tries."""
+
+ATTEMPT_DELAY = 0.25
+"""Seconds from one address to the next while none has answered (RFC 8305, 5: the Connection Attempt Delay)."""
+
+PIECE = 64 * 1024
+"""Bytes that are received, or encrypted, at a time: four TLS records (RFC 8446, 5.1), and about what a socket takes."""
+
+PIECES = 64
+"""Pieces that one call receives at most, so that a fast peer cannot keep a thread busy: 4 MiB."""
+
+RECORD = 16 * 1024
+"""Bytes of a TLS record at most (RFC 8446, 5.1), so as much as one read of OpenSSL returns."""
+
+OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 
 
-class Wait(NamedTuple):
-    """What a thread leaves to the event loop: to wait for a socket, or until a time by ``time.monotonic``."""
+class PeerError(OSError):
+    """A peer has said something that is of no use; the text may quote it, and so its secrets.
 
-    fileno: int | None
-    for_writing: bool = False
-    until: float | None = None
-
-
-Steps = Generator[Wait, None, None]
-
-
-class Lifeline:
-    """Shutting a socket down wakes whatever blocks on it; closing it never does.
-
-    The lock sees to it that one side, the thread or the loop, cleans up after a request that was cut off.
+    Attributes:
+        may_retry: Whether asking again may help.
     """
 
-    def __init__(self, deadline: float) -> None:
-        self.deadline = deadline  # by time.monotonic()
-        self.is_cut: bool = False
-        self.is_sent: bool = False  # a byte of the request may have left
-        self.patience: float = PATIENCE
-        self._lock = threading.Lock()
-        self._held: socket.socket | None = None
-        self._resting = False
-
-    def remaining(self) -> float:
-        """Return the seconds left; raise TimeoutError if there are none, or if the lifeline is cut."""
-        remaining = self.deadline - time.monotonic()
-        if self.is_cut or remaining <= 0:
-            raise TimeoutError("timed out")
-        return remaining
-
-    def hold(self, sock: socket.socket | None) -> None:
-        """In the thread, before it blocks, maybe on this socket; raises as ``remaining``."""
-        with self._lock:
-            self.remaining()
-            self._held, self._resting = sock, False
-
-    def let_go(self, *, resting: bool) -> bool:
-        """In the thread, when it leaves the connection to the loop or is done; if False, it must clean up."""
-        with self._lock:
-            self._held, self._resting = None, resting and not self.is_cut
-            return not self.is_cut
-
-    def cut(self) -> bool:
-        """In the loop: wake the thread, now or when it next blocks; if True, the loop cleans up."""
-        with self._lock:
-            self.is_cut = True
-            if self._held is not None:
-                with contextlib.suppress(OSError):
-                    # Not SSLSocket.shutdown: it drops the TLS state under the thread that is reading.
-                    socket.socket.shutdown(self._held, socket.SHUT_RDWR)
-            return self._resting
-
-    def until_ready(self, sock: socket.socket, *, for_writing: bool = False, give_up_at: float | None = None) -> Steps:
-        while not is_ready(sock, self.patience, for_writing=for_writing):
-            if give_up_at is not None and time.monotonic() >= give_up_at:
-                raise TimeoutError("timed out")
-            yield Wait(sock.fileno(), for_writing, give_up_at)
+    def __init__(self, message: str, *, may_retry: bool = True) -> None:
+        super().__init__(message)
+        self.may_retry = may_retry
 
 
-class Key(NamedTuple):
-    """Where a connection leads; the hosts are as in a URL."""
+@dataclass(frozen=True)
+class Route:
+    """Which way a request goes; connections of equal routes are as good as each other."""
 
     is_tls: bool
+    """Whether the platform is spoken to in TLS."""
     host: str
-    tunnel_to: str | None = None  # the platform, if the host is a proxy that has to connect to it
+    """Where to connect to, as in a URL: the platform, or a proxy."""
+    tunnel_to: str | None = None
+    """The platform, if ``host`` is a proxy that is to connect to it; then TLS begins behind the tunnel."""
+    proxy_authorization: str | None = field(default=None, repr=False)
+    """What the proxy is told with CONNECT."""
+
+    @property
+    def platform(self) -> str:
+        """The host at the far end, or the proxy that speaks for it in plain HTTP."""
+        return self.tunnel_to or self.host
 
 
 class Connection:
-    """A connection to a platform or a proxy; no step of it blocks but a name lookup."""
+    """A connected socket, in TLS once ``start_tls`` is done."""
 
-    def __init__(self, key: Key, lifeline: Lifeline) -> None:
-        self.key = key
-        self.sock: Any = None
-        self.idle_since: float = 0.0
-        self.dialing: Steps = self._dial(lifeline)
+    def __init__(self, sock: socket.socket, route: Route) -> None:
+        self.sock = sock
+        self.route = route
+        self.incoming = bytearray()
+        """What has come and was not read yet."""
+        self.sent = 0
+        """Bytes that the socket has taken, handshakes included."""
+        self.has_ended = False
+        """Whether the peer sends no more."""
+        self.failure: OSError | None = None
+        """What broke it; what came before still counts."""
+        self.is_reusable = False
+        """Whether the last reply leaves it fit for another request; who reads a reply sets it."""
+        self.idle_since = 0.0
+        """By ``time.monotonic``; kept by the pool."""
+        self._outgoing = bytearray()
+        self._plaintext = bytearray()
+        self._tls: ssl.SSLObject | None = None
+        self._encrypted_in, self._encrypted_out = ssl.MemoryBIO(), ssl.MemoryBIO()
+
+    def send(self, data: bytes) -> None:
+        """Have these bytes sent by the next calls of ``flush``."""
+        if self._tls is None:
+            self._outgoing += data
+        else:
+            self._plaintext += data
+
+    @property
+    def has_unsent(self) -> bool:
+        """Whether the socket has yet to take something."""
+        return bool(self._outgoing or self._plaintext)
+
+    def flush(self) -> None:
+        """Send as much as the socket takes now; a failure is kept, for the peer may have said why."""
+        try:
+            while self.has_unsent:
+                if not self._outgoing:
+                    self._encrypt()
+                sent = self.sock.send(self._outgoing)
+                self.sent += sent
+                del self._outgoing[:sent]
+        except BlockingIOError:
+            pass
+        except OSError as exc:
+            self._outgoing.clear()
+            self._plaintext.clear()
+            self.failure = exc
+
+    def receive(self) -> None:
+        """Take what has come; a failure is kept, for what came before it still counts."""
+        try:
+            for _ in range(PIECES):
+                data = self.sock.recv(PIECE)
+                self._take(data)
+                if len(data) < PIECE:
+                    break
+        except BlockingIOError:
+            pass
+        except OSError as exc:
+            self.failure = self.failure or exc
+
+    def is_quiet(self) -> bool:
+        """Whether nothing is left over of the last request: not a byte, and no end."""
+        is_used_up = self.incoming or self.has_unsent or self.has_ended or self.failure
+        return not is_used_up and not is_ready([self.sock], READ)
 
     def close(self) -> None:
-        if self.sock is not None:
-            self.sock.close()
+        """Close the socket; twice does no harm."""
+        self.sock.close()
 
-    def _dial(self, lifeline: Lifeline) -> Steps:
-        host, port = host_and_port(self.key.host, 443 if self.key.is_tls and not self.key.tunnel_to else 80)
-        failure: OSError = OSError("no address found")
-        for family, kind, proto, _, address in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM):
-            lifeline.remaining()
-            give_up_at = time.monotonic() + CONNECT_TIMEOUT
-            try:
-                self.sock = sock = socket.socket(family, kind, proto)
-                sock.setblocking(False)
-                sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-                error = sock.connect_ex(address)
-                if self.key.is_tls:
-                    pool.tls_context()  # made while the network is at work
-                if error in (errno.EINPROGRESS, errno.EWOULDBLOCK):
-                    yield from lifeline.until_ready(sock, for_writing=True, give_up_at=give_up_at)
-                    error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
-                if not error:
-                    return
-                failure = OSError(error, os.strerror(error))
-            except OSError as exc:
-                failure = exc
-            self.close()
-        raise failure
-
-    def shake_hands(self, lifeline: Lifeline) -> Steps:
-        host, _ = host_and_port(self.key.tunnel_to or self.key.host, 443)
-        # wrap_socket empties the old socket, so the handshake comes after it.
-        self.sock = pool.tls_context().wrap_socket(self.sock, server_hostname=host, do_handshake_on_connect=False)
+    async def start_tls(self, context: ssl.SSLContext, hops: Hops) -> None:
+        """Do the TLS handshake with the platform; raises OSError, of which ssl.SSLError is one."""
+        host, _ = host_and_port(self.route.platform)
+        self._tls = context.wrap_bio(self._encrypted_in, self._encrypted_out, server_hostname=host)
         while True:
             try:
-                self.sock.do_handshake()
+                self._tls.do_handshake()
+                break
+            except ssl.SSLWantReadError:
+                pass
+            finally:
+                self._outgoing += self._encrypted_out.read()  # also the alert that says what is wrong
+                self.flush()
+            await self._receive_handshake(hops)
+        self._decrypt()
+
+    async def _receive_handshake(self, hops: Hops) -> None:
+        while True:
+            await self.until_ready(hops)
+            self.flush()
+            if self.failure is not None:
+                raise self.failure
+            with contextlib.suppress(BlockingIOError):
+                data = self.sock.recv(PIECE)
+                self._feed(data)
                 return
-            except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as exc:
-                for_writing = isinstance(exc, ssl.SSLWantWriteError)
-            yield from lifeline.until_ready(self.sock, for_writing=for_writing)
 
+    async def until_ready(self, hops: Hops) -> None:
+        """Wait until something has come or, if something is left, more can be sent; TimeoutError at the deadline."""
+        if not await hops.until_ready(self.sock, events=READ + (WRITE if self.has_unsent else 0)):
+            raise TimeoutError("timed out")
 
-class _TlsSocket(ssl.SSLSocket):
-    def getpeername(self) -> Any:
+    def _encrypt(self) -> None:
+        assert self._tls is not None
+        written = self._tls.write(bytes(self._plaintext[:PIECE]))
+        del self._plaintext[:written]
+        self._outgoing += self._encrypted_out.read()
+
+    def _take(self, data: bytes) -> None:
+        if self._tls is None:
+            self.incoming += data
+            self.has_ended = not data
+        else:
+            self._feed(data)
+            self._decrypt()
+
+    def _feed(self, data: bytes) -> None:
+        if data:
+            self._encrypted_in.write(data)
+        else:
+            self._encrypted_in.write_eof()
+
+    def _decrypt(self) -> None:
+        assert self._tls is not None
         try:
-            return super().getpeername()
-        except OSError:  # the peer has gone: wrap_socket would raise, and leave this open
-            self.close()
-            raise ConnectionResetError("connection reset") from None
+            while True:
+                plain = self._tls.read(RECORD)
+                if not plain:  # a close_notify
+                    self.has_ended = True
+                    break
+                self.incoming += plain
+        except ssl.SSLWantReadError:
+            pass
+        except ssl.SSLEOFError:  # the peer left without a close_notify, as many do; HTTP knows whether it was done
+            self.has_ended = True
+        self._outgoing += self._encrypted_out.read()  # the answer to a key update
 
 
-class _Pool:
-    """The process's connections, each leased to one request or idle."""
+async def dial(route: Route, hops: Hops) -> Connection:
+    """Look the host up and connect to the first of its addresses that answers; raises OSError."""
+    host, port = host_and_port(route.host, 443 if route.is_tls and not route.tunnel_to else 80)
+    lookup = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    addresses = await hops.run(lookup, may_hang=True)
+    return Connection(await _connect(deque(_interleaved(addresses)), hops), route)
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._context: ssl.SSLContext | None = None
-        self._leased: set[Connection] = set()
-        self._idle: list[Connection] = []  # the longest idle first
 
-    def take(self, key: Key, *, for_start: bool) -> Connection | None:
-        """Lease the idle connection that was used last, if it is alive."""
-        now = time.monotonic()
-        max_idle = MAX_IDLE_FOR_START if for_start else MAX_IDLE
-        with self._lock:
-            while self._idle and now - self._idle[0].idle_since > MAX_IDLE:
-                self._idle.pop(0).close()
-            for connection in self._idle[::-1]:
-                if connection.key != key or now - connection.idle_since > max_idle:
+def _interleaved(addresses: list[Any]) -> Iterator[Any]:
+    """Alternate between the address families, the first one's first (RFC 8305, 4)."""
+    families: dict[int, list[Any]] = {}
+    for address in addresses:
+        families.setdefault(address[0], []).append(address)
+    for row in itertools.zip_longest(*families.values()):
+        yield from (address for address in row if address is not None)
+
+
+async def _connect(addresses: deque[Any], hops: Hops) -> socket.socket:
+    """Try an address after the other, without waiting long for one before the next is begun (RFC 8305, 5)."""
+    failure: OSError = OSError("no address found")
+    give_up_in = hops.remaining() - CONNECT_TIMEOUT  # what remains of the deadline by then
+    trying: list[socket.socket] = []
+    try:
+        while addresses or trying:
+            if addresses:
+                try:
+                    trying.append(_begin_to_connect(addresses.popleft()))
+                except OSError as exc:
+                    if exc.errno in OUT_OF_DESCRIPTORS:
+                        raise
+                    failure = exc
                     continue
-                self._idle.remove(connection)
-                if not is_ready(connection.sock, 0):  # readable while idle: the peer has closed it
-                    self._leased.add(connection)
-                    return connection
-                connection.close()
-        return None
-
-    def add(self, connection: Connection) -> bool:
-        """Lease a new connection; False while other event loops have leased all that may exist."""
-        with self._lock:
-            if len(self._leased) >= MAX_SOCKETS:
-                return False
-            while self._idle and len(self._idle) + len(self._leased) >= MAX_SOCKETS:
-                self._idle.pop(0).close()
-            self._leased.add(connection)
-            return True
-
-    def give_back(self, connection: Connection, *, reusable: bool) -> None:
-        """End a lease; twice does no harm."""
-        with self._lock:
-            if connection not in self._leased:
-                return
-            self._leased.remove(connection)
-            if reusable:
-                connection.idle_since = time.monotonic()
-                self._idle.append(connection)
-            else:
-                connection.close()
-
-    def tls_context(self) -> ssl.SSLContext:
-        """The one context, for it costs 20 ms."""
-        with self._lock:
-            if self._context is None:
-                self._context = ssl.create_default_context()
-                self._context.sslsocket_class = _TlsSocket
-                self._context.minimum_version = ssl.TLSVersion.TLSv1_2
-                self._context.hostname_checks_common_name = False
-            return self._context
-
-    def close(self) -> None:
-        with self._lock:
-            while self._idle:
-                self._idle.pop().close()
-
-    def start_afresh(self) -> None:
-        """In a forked child, close its copies of the sockets."""
-        inherited = [*self._idle, *self._leased]
-        self.__init__()  # type: ignore[misc]  # the lock too: another thread may hold it
-        for connection in inherited:
-            connection.close()
+            seconds = ATTEMPT_DELAY if addresses else hops.remaining() - give_up_in
+            if not await hops.until_ready(*trying, events=WRITE, seconds=seconds) and not addresses:
+                raise TimeoutError("timed out")
+            for sock in [sock for sock in trying if is_ready([sock], WRITE)]:
+                trying.remove(sock)
+                error = sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                if not error:
+                    return sock
+                sock.close()
+                failure = OSError(error, os.strerror(error))
+        raise failure
+    finally:
+        for sock in trying:
+            sock.close()
 
 
-pool: _Pool = _Pool()
-atexit.register(pool.close)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=pool.start_afresh)
+def _begin_to_connect(address: Any) -> socket.socket:
+    family, kind, protocol, _, where = address
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setblocking(False)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        error = sock.connect_ex(where)
+        if error not in (0, errno.EINPROGRESS, errno.EWOULDBLOCK):
+            raise OSError(error, os.strerror(error))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
 
 
-def head_start(url: str, lifeline: Lifeline) -> Connection | None:
-    """Dial before it is known whether there is a proxy, if there can be none."""
-    if sys.platform in ("darwin", "win32") or any(name.lower().endswith("_proxy") for name in os.environ):
-        return None
-    connection = Connection(key_of(url), lifeline)
-    with contextlib.suppress(Exception):  # the request itself will meet it again
-        next(connection.dialing, None)
-        return connection
-    return None
-
-
-def key_of(url: str) -> Key:
-    """Where a URL leads without a proxy."""
-    return Key(url.startswith("https:"), url.split("/")[2])
-
-
-def host_and_port(address: str, default_port: int) -> tuple[str, int]:
-    """Take an address apart."""
-    from urllib.parse import urlsplit  # not needed to import zamp_sdk, and not cheap
+def host_and_port(address: str, default_port: int = 0) -> tuple[str, int]:
+    """Take a URL's host and port apart."""
+    from urllib.parse import urlsplit  # not needed to import this module, and not cheap
 
     parts = urlsplit(f"//{address}")
     return parts.hostname or "", parts.port or default_port
-
-
-def is_ready(sock: socket.socket, timeout: float, *, for_writing: bool = False) -> bool:
-    """Wait for a socket, and say whether it is ready."""
-    if hasattr(select, "poll"):  # select dies of file descriptors over 1,023
-        poll = select.poll()
-        poll.register(sock, select.POLLOUT if for_writing else select.POLLIN)
-        return bool(poll.poll(timeout * 1000))
-    reading, writing = ([], [sock]) if for_writing else ([sock], [])
-    return any(select.select(reading, writing, writing, timeout))

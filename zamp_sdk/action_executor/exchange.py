@@ -1,317 +1,271 @@
-"""One request and its reply, in a worker thread.
+"""One request and its reply, from top to bottom. ``exchange`` is the story; the rest of the transport is its words.
 
-``urllib.request`` as it comes would follow redirects with the token, open ``file:`` URLs and close every connection.
-So the opener is made by hand, and its ``do_open`` takes an ``Exchange`` for a connection. Every exception of the
-libraries below becomes a ``Failure`` here.
+The event loop owns the request all the time. It waits in the pool's line for room, takes an idle connection or makes a
+new one (dial, CONNECT, TLS handshake), has a hop send the request, waits until something comes, and has a hop read it,
+until the reply is whole. Whatever ends it early (a deadline, a cancellation, Ctrl-C) passes through one ``finally``,
+which gives the connection back: at once, or when a hop that still works on it has ended. So nothing is ever closed
+under a thread, and no thread has to be woken.
+
+What the network, a peer or this machine's limits can cause is an ``OSError`` (``PeerError`` and ``NoThreadError`` are,
+too) and becomes a ``Failure`` here, with advice. Everything else is a mistake of this package and surfaces as one.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import functools
-import http.client
-import io
+import logging
 import os
-import socket
+import re
 import ssl
-import time
-import types
-import urllib.request
-from typing import Any, Callable, Generator, Mapping
+import sys
+from typing import TYPE_CHECKING
 
-from .connections import Connection, Key, Lifeline, Steps, Wait, host_and_port, is_ready, key_of, pool
-from .wire import Answer, Failure, Reply, Request, excerpt, read_reply
+from .connections import OUT_OF_DESCRIPTORS, Connection, PeerError, Route, dial
+from .hops import Hops
+from .pool import Pool, shared_pool
+from .redaction import Redactor, one_line
+from .wire import Answer, Failure, Progress, Reply, Request
 
-MAX_BODY = 64 * 1024 * 1024  # bytes
-MAX_HEADERS, MAX_LINE = 100, 64 * 1024  # headers, and bytes of each
+if TYPE_CHECKING:
+    from .messages import ReplyReader
+    from .models import SdkConfig
+
+SLOW_THREAD = 1.0
+"""Seconds of waiting for a thread from which a failure mentions it: usually it is less than a millisecond."""
+
+MAX_ROUTES = 64
+"""Platforms whose routes are kept in mind; a program speaks to one or two."""
+
+logger = logging.getLogger("zamp_sdk")
+
+_routes: dict[str, Route] = {}  # by base URL
 
 
-class Exchange:
-    """One request and its reply over a leased connection."""
+async def exchange(
+    config: SdkConfig, request: Request, timeout: float, *, user_agent: str, progress: Progress
+) -> Answer:
+    """Send one request, once, and return its reply, or a Failure that says why there is none.
 
-    sock = None  # so that do_open leaves the leased connection open
-    reason = ""  # do_open reads it of a response
-
-    def __init__(
-        self, lifeline: Lifeline, url: str, request: Request, headers: Mapping[str, str], early: Connection | None
-    ) -> None:
-        self.waits_for: Wait = Wait(-1)
-        self._lifeline = lifeline
-        self._url, self._request, self._headers = url, request, headers
-        self._key = key_of(url)
-        self._tunnel_headers: Mapping[str, str] = {}
-        self._head = b""
-        self._connection = early if early and pool.add(early) else None
-        self._response: http.client.HTTPResponse | None = None
-        self._steps = self._perform()
-
-    def proceed(self) -> Answer | None:
-        """In a thread: go on to the answer, or return None when ``waits_for`` has to come first."""
-        try:
-            self._lifeline.hold(self._connection.sock if self._connection else None)
-            self.waits_for = Wait(-1)
-            self.waits_for = next(self._steps)
-        except StopIteration as stop:
-            reply: Reply = stop.value
-            return reply
-        except Exception as exc:
-            return self._fail(exc)
-        return None if self._lifeline.let_go(resting=True) else self._fail(TimeoutError("timed out"))
-
-    def discard(self) -> None:
-        """Close the connection; in the event loop only while the thread is at rest."""
-        if self._response is not None:
-            self._response.close()
-        if self._connection is not None:
-            pool.give_back(self._connection, reusable=False)
-
-    # What do_open calls.
-
-    def as_connection(self, host: str, **_: Any) -> Exchange:
-        self._key = Key(self._key.is_tls, host)
-        return self
-
-    def set_debuglevel(self, level: int) -> None:
-        pass
-
-    def set_tunnel(self, host: str, headers: Mapping[str, str]) -> None:
-        self._key, self._tunnel_headers = self._key._replace(tunnel_to=host), headers
-
-    def request(self, method: str, target: str, _body: bytes | None, headers: dict[str, str], **_: Any) -> None:
-        del headers["Connection"]  # do_open asks for it to be closed
-        self._head = _head(method, target, headers)
-
-    def getresponse(self) -> Exchange:
-        return self  # nothing is sent yet
-
-    def _perform(self) -> Generator[Wait, None, Reply]:
-        method, body = self._request.method, self._request.body
-        # Cookies alone need an origin.
-        request: Any = urllib.request.Request(self._url, body, dict(self._headers), origin_req_host="", method=method)
-        request.exchange = self  # how the handler comes by it
-        _opener().open(request)  # which comes to the methods above
-        yield from self._connect()
-        connection, lifeline = self._connection, self._lifeline
-        assert connection is not None
-        lifeline.hold(connection.sock)
-        lifeline.is_sent = True
-        stream: Any = _Stream(connection.sock, lifeline)  # to http.client it is a socket
-        stream.send(self._head + (body or b""))  # at once: one packet, one TLS record
-        response = self._response = _Response(stream, method=method)
-        yield from lifeline.until_ready(connection.sock)
-        while not stream.has_begun(response):
-            yield from lifeline.until_ready(connection.sock)
-        response.begin()
-        reply = read_reply(
-            response.status, {name.lower(): value for name, value in response.headers.raw_items()}, _read(response)
-        )
-        lifeline.remaining()  # a socket that was shut down reads like one that has ended
-        if lifeline.let_go(resting=False) and response.isclosed() and not response.length and not response.will_close:
-            pool.give_back(connection, reusable=True)
-        else:
-            self.discard()
+    Args:
+        config: Where to, and as whom.
+        request: What to send.
+        user_agent: As what program.
+        timeout: Seconds for all of it together; waiting in the pool's line does not count.
+        progress: Is told when a byte of the request may have left.
+    """
+    pool = shared_pool()
+    await pool.enter()
+    hops = Hops(timeout)
+    route = connection = reply = None
+    sent_before = 0
+    try:
+        route = await _find_route(config.base_url, pool, hops)
+        connection = pool.take(route, for_start=request.method == "POST")
+        if connection is None:
+            connection = await _connect(route, pool, hops)
+        sent_before = connection.sent
+        outcome = await hops.run(functools.partial(_open, connection, config, request, user_agent))
+        while not isinstance(outcome, Reply):
+            await connection.until_ready(hops)
+            outcome = await hops.run(outcome.proceed, or_here=True)
+        reply = outcome
         return reply
-
-    def _connect(self) -> Steps:
-        key, pause = self._key, 0.01
-        while self._connection is None:
-            self._connection = pool.take(key, for_start=self._request.method == "POST")
-            if self._connection is not None:
-                return
-            connection = Connection(key, self._lifeline)
-            if pool.add(connection):
-                self._connection = connection
-            else:
-                yield Wait(None, until=time.monotonic() + pause)
-                pause = min(2 * pause, 0.5)
-        connection = self._connection
-        yield from connection.dialing
-        if key.tunnel_to:
-            yield from self._ask_for_tunnel(key.tunnel_to, connection.sock)
-        if key.is_tls:
-            yield from connection.shake_hands(self._lifeline)
-
-    def _ask_for_tunnel(self, platform: str, sock: socket.socket) -> Steps:
-        """Have the proxy connect to the platform (RFC 9110, 9.3.6), which http.client would wait for."""
-        self._lifeline.hold(sock)
-        stream: Any = _Stream(sock, self._lifeline)
-        _, port = host_and_port(platform, 443)
-        target = platform if platform.endswith(f":{port}") else f"{platform}:{port}"
-        stream.send(_head("CONNECT", target, {"Host": target, **self._tunnel_headers}))
-        yield from self._lifeline.until_ready(sock)
-        with _Response(stream, method="CONNECT") as response:
-            response.begin()
-        if not 200 <= response.status < 300:
-            raise OSError(f"Tunnel connection failed: {response.status} {response.reason}")
-
-    def _fail(self, exc: Exception) -> Failure:
-        self._lifeline.let_go(resting=False)
-        self.discard()
-        exc.__traceback__ = exc.__context__ = None  # its frames hold the token
-        if self._lifeline.is_cut:
-            exc = TimeoutError("timed out")
-        origin = key_of(self._url).host
-        if self._key.host != origin:
-            origin += f" through the proxy {self._key.host}"
-        what = excerpt(str(exc).encode(errors="replace")) if str(exc) else type(exc).__name__
-        cause = exc if isinstance(exc, OSError) else None  # others quote the peer
-        retryable = isinstance(exc, (OSError, http.client.HTTPException))
-        if self._lifeline.is_sent:
-            return Failure(f"no reply from {origin}: {what}", sent=True, retryable=retryable, cause=cause)
-        advice, may_pass = _advice(exc)
-        retryable = retryable and may_pass
-        return Failure(f"cannot connect to {origin}: {what}{advice}", sent=False, retryable=retryable, cause=cause)
+    except OSError as exc:
+        was_sent = connection is not None and connection.sent > sent_before
+        return _failure(exc, config, route, hops, pool, was_sent=was_sent)
+    finally:
+        is_at_rest = hops.at_rest(functools.partial(pool.leave, connection, may_keep=reply is not None))
+        # A hop that still runs may be about to send.
+        progress.sent = connection is not None and (connection.sent > sent_before or not is_at_rest)
 
 
-def _head(method: str, target: str, headers: Mapping[str, str]) -> bytes:
-    lines = (f"{name}: {value}\r\n" for name, value in headers.items())
-    return f"{method} {target} HTTP/1.1\r\n{''.join(lines)}\r\n".encode("ascii")
+def _open(connection: Connection, config: SdkConfig, request: Request, user_agent: str) -> Reply | ReplyReader:
+    """In a hop: send the request. Only here is the token plain text, for as long as it takes to write it."""
+    from .messages import open_request
+
+    headers = {
+        **request.headers,
+        "Authorization": f"Bearer {config.auth_token}",
+        "Accept": "application/json",
+        "Accept-Encoding": "identity",
+        "User-Agent": user_agent,
+    }
+    return open_request(connection, config.base_url + request.path, request, headers)
 
 
-class _Stream(io.RawIOBase):
-    """A socket that never blocks; the thread waits for it instead, as long as its lifeline lets it."""
-
-    def __init__(self, sock: socket.socket, lifeline: Lifeline) -> None:
-        super().__init__()
-        self._sock, self._lifeline = sock, lifeline
-        self._is_patient = True
-
-    def has_begun(self, response: http.client.HTTPResponse) -> bool:
-        """Whether a reply begins; a TLS session ticket makes a socket readable before it does."""
-        self._is_patient = False
-        try:
-            response.fp.peek(1)
-        except (BlockingIOError, ssl.SSLWantReadError):
-            return False
-        finally:
-            self._is_patient = True
-        return True
-
-    def send(self, data: bytes) -> None:
-        rest = memoryview(data)
-        while rest:
-            rest = rest[self._patiently(self._sock.send, rest, for_writing=True) :]
-
-    def makefile(self, *_: Any) -> io.BufferedReader:  # what http.client's response asks a socket for
-        return io.BufferedReader(self)
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        return self._patiently(self._sock.recv_into, buffer, for_writing=False)
-
-    def _patiently(self, operation: Callable[[Any], int], data: Any, *, for_writing: bool) -> int:
-        while True:
-            try:
-                return operation(data)
-            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as exc:
-                if not self._is_patient:
-                    raise
-                if not isinstance(exc, BlockingIOError):
-                    for_writing = isinstance(exc, ssl.SSLWantWriteError)
-            is_ready(self._sock, self._lifeline.remaining(), for_writing=for_writing)
+# --- the way to the platform ------------------------------------------------------------------------------------------
 
 
-def _parse_headers(fp: io.BufferedReader, **_options: Any) -> http.client.HTTPMessage:
-    lines: list[str] = []
-    while len(lines) <= MAX_HEADERS:
-        line = fp.readline(MAX_LINE + 1).decode("latin-1")
-        if len(line) > MAX_LINE:
-            raise http.client.LineTooLong("header line")
-        if not line.strip():
-            headers = http.client.HTTPMessage()
-            for name, _, value in (line.partition(":") for line in lines):
-                headers.set_raw(name.strip(), value.strip())
-            return headers
-        if line[0] in " \t" and lines:  # a value that is folded (RFC 9112, 5.2)
-            lines[-1] = f"{lines[-1].rstrip()} {line.strip()}"
-        else:
-            lines.append(line)
-    raise http.client.HTTPException(f"got more than {MAX_HEADERS} headers")
-
-
-def _copy_of(method: Any) -> Any:
-    copy = types.FunctionType(method.__code__, {**vars(http.client), "parse_headers": _parse_headers})
-    copy.__kwdefaults__ = method.__kwdefaults__
-    return copy
-
-
-class _Response(http.client.HTTPResponse):
-    """It skips all informational replies (RFC 9110, 15.2), not only 100."""
-
-    def _read_status(self) -> tuple[str, int, str]:
-        while True:
-            version, status, reason = super()._read_status()  # type: ignore[misc]  # typeshed leaves it out
-            if not 101 < status < 200:
-                return version, status, reason
-            _parse_headers(self.fp)
-
-    # The email package's parser takes more time than all the rest of it.
-    begin = _copy_of(http.client.HTTPResponse.begin)
-
-
-class _Handler(urllib.request.AbstractHTTPHandler):
-    def http_open(self, request: Any) -> http.client.HTTPResponse:
-        return self.do_open(request.exchange.as_connection, request)
-
-    https_open = http_open
-    http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
-
-
-class _ProxyHandler(urllib.request.ProxyHandler):
-    def proxy_open(self, request: urllib.request.Request, proxy: str, type: str) -> Any:
-        scheme, separator, _ = proxy.partition("://")
-        if separator and scheme.lower() != "http" and not urllib.request.proxy_bypass(request.host):
-            raise ValueError(  # urllib would speak plain HTTP to it
-                f"{type.upper()}_PROXY names a {scheme}:// proxy, and only http:// proxies can be used"
+async def _find_route(base_url: str, pool: Pool, hops: Hops) -> Route:
+    """Return which way urllib.request goes to a platform; asked once for each, and in a hop, which imports it."""
+    route = _routes.get(base_url)
+    if route is not None:
+        return route
+    origin = base_url.split("/")[2]
+    if _may_have_proxy():
+        route = await hops.run(functools.partial(_ask_for_route, base_url))
+        if route.host != origin and re.fullmatch(LOOPBACK, origin):
+            logger.warning(
+                "%s is this machine, but the proxy %s is asked for it, and sees the token and the data: "
+                "set NO_PROXY=localhost,127.0.0.1",
+                base_url,
+                route.host,
             )
-        try:
-            return super().proxy_open(request, proxy, type)
-        except ValueError:
-            raise ValueError(f"{type.upper()}_PROXY is not a URL like http://proxy.example:3128") from None
+    else:
+        route = Route(base_url.startswith("https:"), origin)
+        # Nothing has to be asked, so the loop can dial while a thread imports what the request needs: 30 ms and more.
+        with contextlib.suppress(RuntimeError):  # no thread: the request will tell
+            asyncio.get_running_loop().run_in_executor(None, _import_ahead, pool if route.is_tls else None)
+    if len(_routes) >= MAX_ROUTES:
+        _routes.clear()
+    _routes[base_url] = route
+    return route
 
 
-@functools.cache
-def _opener() -> urllib.request.OpenerDirector:
-    opener = urllib.request.OpenerDirector()
-    opener.add_handler(_ProxyHandler())
-    opener.add_handler(_Handler(debuglevel=0))
-    return opener
+LOOPBACK = r"(127(\.\d+){3}|localhost|\[::1\])(:\d+)?"
+"""The hosts, as in a URL, that are this machine."""
 
 
-def _advice(exc: Exception) -> tuple[str, bool]:
-    """Say what to do, and whether it may pass without."""
+def _may_have_proxy() -> bool:
+    """Whether urllib.request may know of a proxy: from a variable, or from the settings of macOS and Windows."""
+    return sys.platform in ("darwin", "win32") or any(name.lower().endswith("_proxy") for name in os.environ)
+
+
+def _ask_for_route(base_url: str) -> Route:
+    from .messages import find_route
+
+    return find_route(base_url)
+
+
+def _import_ahead(pool: Pool | None) -> None:
+    with contextlib.suppress(OSError):  # the handshake will meet it again
+        if pool is not None:
+            pool.tls_context()
+    from . import messages  # noqa: F401  # for the hop that sends
+
+
+async def _connect(route: Route, pool: Pool, hops: Hops) -> Connection:
+    """Make a connection to the platform that is ready for a request; raises OSError."""
+    try:
+        connection = await dial(route, hops)
+    except OSError as exc:
+        if exc.errno not in OUT_OF_DESCRIPTORS or not pool.close_idle():
+            raise
+        connection = await dial(route, hops)
+    pool.add(connection)
+    try:
+        if route.tunnel_to:
+            await _dig_tunnel(connection, hops)
+        if route.is_tls:
+            if not pool.has_tls_context:
+                await hops.run(pool.tls_context)
+            await connection.start_tls(pool.tls_context(), hops)
+    except BaseException:
+        hops.at_rest(functools.partial(pool.discard, connection))
+        raise
+    return connection
+
+
+async def _dig_tunnel(connection: Connection, hops: Hops) -> None:
+    """Have the proxy connect to the platform, which http.client would wait for."""
+
+    def ask() -> Reply | ReplyReader:
+        from .messages import ReplyReader, connect_request
+
+        connection.send(connect_request(connection.route))
+        return ReplyReader(connection, "CONNECT").proceed()
+
+    outcome = await hops.run(ask)
+    while not isinstance(outcome, Reply):
+        await connection.until_ready(hops)
+        outcome = await hops.run(outcome.proceed)
+    status = outcome.status_code
+    if not 200 <= status < 300:
+        raise TunnelError(status)
+
+
+class TunnelError(PeerError):
+    """A proxy has refused to connect to the platform."""
+
+    def __init__(self, status: int) -> None:
+        from http.client import responses
+
+        may_retry = status >= 500 or status in (408, 425, 429)  # as with a platform's replies
+        super().__init__(
+            f"Tunnel connection failed: {status} {responses.get(status, '')}".rstrip(), may_retry=may_retry
+        )
+        self.status = status
+
+
+# --- what a failure says ----------------------------------------------------------------------------------------------
+
+
+def _failure(
+    exc: OSError, config: SdkConfig, route: Route | None, hops: Hops, pool: Pool, *, was_sent: bool
+) -> Failure:
+    """Say what happened, where, and what to do about it."""
+    origin = config.base_url.split("/")[2]
     if isinstance(exc, ssl.SSLCertVerificationError):
-        advice = "; if its CA is private, set SSL_CERT_FILE to its PEM file"
-        for variable in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
-            path = os.environ.get(variable)
-            if path and not os.access(path, os.F_OK):
-                advice = f"; {variable} names {path}, which does not exist, so that no CA is trusted"
-        return advice, False
+        pool.forget_tls_context()
+    where = origin if route is None or route.host == origin else f"{origin} through the proxy {route.host}"
+    secrets = [config.auth_token]
+    if route is not None and route.proxy_authorization:
+        secrets.append(route.proxy_authorization.partition(" ")[2])
+    what = one_line(Redactor(*secrets).text(str(exc))) or type(exc).__name__
+    advice, may_retry = ("", getattr(exc, "may_retry", True)) if was_sent else _advice(exc, route, origin)
+    message = f"no reply from {where}: {what}" if was_sent else f"cannot connect to {where}: {what}{advice}"
+    if hops.queued > SLOW_THREAD:
+        message += (
+            f"; it waited {hops.queued:.1f} s for a thread: "
+            "give the loop more with loop.set_default_executor(ThreadPoolExecutor(64))"
+        )
+    exc.__context__ = None
+    # Frames hold the token, and a PeerError's text may quote it.
+    cause = None if isinstance(exc, PeerError) else exc.with_traceback(None)
+    return Failure(message, was_sent, may_retry, cause)
+
+
+def _advice(exc: OSError, route: Route | None, origin: str) -> tuple[str, bool]:
+    """Say what a person should do about a connection that could not be made, and whether trying again may help."""
+    host = origin
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        return _certificate_advice(exc, host), False
     if isinstance(exc, ssl.SSLError) and not isinstance(exc, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
         return "; does it speak TLS 1.2 or later there?", False
-    text = str(exc)
-    if text.startswith("Tunnel connection failed: "):
-        if text[26:27] == "5":
-            return "; the proxy cannot reach it", True
-        return "; put the proxy's user name and password into HTTPS_PROXY, or the host into NO_PROXY", False
+    if isinstance(exc, TunnelError):
+        return _tunnel_advice(exc.status, host), exc.may_retry
+    if isinstance(exc, PeerError):
+        return "", exc.may_retry
+    if isinstance(exc, ConnectionRefusedError):
+        what = "the proxy" if route is not None and route.host != origin else "the platform"
+        return f"; nothing listens there: check the address of {what}, or whether it is up", True
     return "", True
 
 
-def _read(response: http.client.HTTPResponse) -> bytes:
-    """Read a body; of a refusal as much as comes: a proxy may reset before it has read the request."""
-    body = bytearray()
-    try:
-        while len(body) + (response.length or 0) <= MAX_BODY:
-            piece = response.read(64 * 1024)
-            if not piece:
-                break
-            body += piece
-        else:
-            raise ValueError(f"the reply is over {MAX_BODY // 1024**2} MiB")
-        if response.length:  # read(n) does not tell
-            raise http.client.IncompleteRead(b"", response.length)
-    except (OSError, http.client.HTTPException):
-        if 200 <= response.status < 300:
-            raise
-    return bytes(body)
+def _certificate_advice(exc: ssl.SSLCertVerificationError, host: str) -> str:
+    for variable in ("SSL_CERT_FILE", "SSL_CERT_DIR"):
+        path = os.environ.get(variable)
+        if path and not os.access(path, os.F_OK):
+            return f"; {variable} names {path}, which does not exist, so that its authorities are not trusted"
+    if exc.verify_code in HOST_MISMATCHES:
+        return f"; the certificate there is for another host: check base_url, or how {host} is reached"
+    if exc.verify_code in DATES:
+        return "; check this machine's clock, or have the platform's certificate renewed"
+    return "; if its CA is private, set SSL_CERT_FILE to the CA's PEM file"
+
+
+DATES = (9, 10)
+"""OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED."""
+
+HOST_MISMATCHES = (62, 64)
+"""OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH."""
+
+
+def _tunnel_advice(status: int, host: str) -> str:
+    if status == 407:
+        return "; put the proxy's user name and password into HTTPS_PROXY"
+    if status >= 500 or status in (408, 425, 429):
+        return f"; the proxy cannot reach {host} now"
+    return f"; the proxy does not let you through to {host}: ask for it, or name the host in NO_PROXY"

@@ -333,7 +333,7 @@ async def _start(
         start_to_close_timeout=start_to_close_timeout,
         idempotency_key=os.urandom(16).hex(),
     )
-    progress = http_client.Progress()
+    progress = wire.Progress()
     try:
         request = prepare() if wire.is_small(params) else await _off_the_loop(prepare)
     except INTERRUPTED as exc:
@@ -359,7 +359,7 @@ async def _start(
     )
 
 
-def _tell_of_start(exc: BaseException, action_name: str, progress: http_client.Progress) -> None:
+def _tell_of_start(exc: BaseException, action_name: str, progress: wire.Progress) -> None:
     """Say in a note and a warning whether an action whose start was interrupted may exist."""
     fate = "it may have started all the same" if progress.sent else "nothing was sent, so it has not started"
     what = "cancelled" if isinstance(exc, INTERRUPTED) else "failed"
@@ -423,7 +423,7 @@ async def _perform(
     steps: lifecycle.Steps,
     config: SdkConfig,
     observe: Observer | None = None,
-    progress: http_client.Progress | None = None,
+    progress: wire.Progress | None = None,
 ) -> wire.ActionReply:
     """Perform the lifecycle's steps; ``progress`` is that of the request whose fate is open."""
     answer = None

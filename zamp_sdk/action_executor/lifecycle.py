@@ -85,7 +85,7 @@ def start(request: Request, *, clock: Clock, jitter: Jitter, redact: Redactor) -
         yield Sleep(wait, str(error))
 
 
-def follow(
+def follow(  # noqa: C901  # the story of a wait, which is easier to follow in one piece
     action_id: str,
     *,
     clock: Clock,
@@ -241,7 +241,7 @@ def _is_doubtful(reply: Reply) -> bool:
     return code < 200 or code >= 500 or code in (301, 302, 303, 408, 425)
 
 
-def _read_poll(
+def _read_poll(  # noqa: PLR0911  # one return for each thing that a poll's answer may be
     action_id: str, answer: Answer, age: float | None, redact: Redactor
 ) -> tuple[ActionReply | None, str | None, bool]:
     """Return the reply if it tells a status; or else what is wrong with it, and whether asking again may help."""

@@ -92,6 +92,13 @@ class Reply(NamedTuple):
         return f"<Reply {self.status_code} of {len(self.body)} bytes>"
 
 
+class Progress:
+    """How far a request has come, for whoever is interrupted while it is under way."""
+
+    sent: bool = False
+    """Whether a byte of the request may have left."""
+
+
 class Failure(NamedTuple):
     """A request without a reply."""
 
@@ -235,7 +242,7 @@ def _plain(value: Any, place: str) -> Any:
         raise ValueError(f"{place}: nested too deeply to send as JSON") from None
 
 
-def _to_json_value(value: Any, place: _Place, parents: set[int]) -> Any:
+def _to_json_value(value: Any, place: _Place, parents: set[int]) -> Any:  # noqa: C901, PLR0911, PLR0912  # a case a kind
     """Convert what people pass to what json can write.
 
     What a value is, its type says and not its ``__class__``: a mock of a dict is no dict.
