@@ -41,6 +41,9 @@ PIECES = 64
 RECORD = 16 * 1024
 """Bytes of a TLS record at most (RFC 8446, 5.1), so as much as one read of OpenSSL returns."""
 
+RECORD_HEADER = 5
+"""Bytes before what a TLS record holds: its kind, a version, and in the last two the length (RFC 8446, 5.1)."""
+
 OUT_OF_DESCRIPTORS = (errno.EMFILE, errno.ENFILE)
 
 
@@ -97,6 +100,7 @@ class Connection:
         self._plaintext = bytearray()
         self._tls: ssl.SSLObject | None = None
         self._encrypted_in, self._encrypted_out = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self._record = bytearray()  # the TLS record that has come in part: OpenSSL does not tell that it has one
 
     def send(self, data: bytes) -> None:
         """Have these bytes sent by the next calls of ``flush``."""
@@ -141,7 +145,7 @@ class Connection:
 
     def is_quiet(self) -> bool:
         """Whether nothing is left over of the last request: not a byte, and no end."""
-        is_used_up = self.incoming or self.has_unsent or self.has_ended or self.failure
+        is_used_up = self.incoming or self._record or self.has_unsent or self.has_ended or self.failure
         return not is_used_up and not is_ready([self.sock], READ)
 
     def close(self) -> None:
@@ -197,6 +201,12 @@ class Connection:
     def _feed(self, data: bytes) -> None:
         if data:
             self._encrypted_in.write(data)
+            self._record += data
+            while len(self._record) >= RECORD_HEADER:
+                end = RECORD_HEADER + int.from_bytes(self._record[3:RECORD_HEADER], "big")
+                if end > len(self._record):
+                    break
+                del self._record[:end]
         else:
             self._encrypted_in.write_eof()
 
