@@ -32,7 +32,8 @@ MAX_REPLY = 64 * 1024 * 1024
 TOO_LARGE = f"the reply is over {MAX_REPLY // 1024**2} MiB"
 
 MAX_HEAD = 256 * 1024
-"""Bytes of a reply's status line and headers, folded lines included; http.client itself counts lines, up to 100."""
+"""Bytes of a reply's status line and headers, folded lines and informational replies before it included; http.client
+itself counts lines, up to 100."""
 
 
 class IncompleteError(Exception):
@@ -221,9 +222,8 @@ class ReplyReader:
         while True:
             response = http.client.HTTPResponse(source, method=self._method)  # type: ignore[arg-type]  # it takes a source for a socket
             response.begin()
-            if source.position > MAX_HEAD:
-                raise http.client.HTTPException(f"got headers of over {MAX_HEAD // 1024} KiB")
             if not 101 < response.status < 200:
+                source.is_in_head = False
                 return response
 
     def _finish(self, response: http.client.HTTPResponse, source: _Source) -> Reply:
@@ -254,6 +254,8 @@ class _Source:
         self._has_ended = connection.has_ended
         self._failure = connection.failure
         self.position = 0
+        self.is_in_head = True
+        """Whether what is read counts as status lines and headers."""
         self.is_lenient = False
         """Whether a reply that breaks off is good as far as it goes."""
 
@@ -297,6 +299,8 @@ class _Source:
         return len(self._received)
 
     def _advance(self, end: int) -> bytes:
+        if self.is_in_head and end > MAX_HEAD:
+            raise http.client.HTTPException(f"got headers of over {MAX_HEAD // 1024} KiB")
         data = bytes(self._received[self.position : end])
         self.position += len(data)
         return data
