@@ -83,7 +83,7 @@ async def exchange(
 
 def _open(connection: Connection, config: SdkConfig, request: Request, user_agent: str) -> Reply | ReplyReader:
     """In a hop: send the request. Only here is the token plain text, for as long as it takes to write it."""
-    from .messages import open_request
+    from .messages import RouteChangedError, forget_proxies, open_request
 
     headers = {
         **request.headers,
@@ -92,7 +92,12 @@ def _open(connection: Connection, config: SdkConfig, request: Request, user_agen
         "Accept-Encoding": "identity",
         "User-Agent": user_agent,
     }
-    return open_request(connection, config.base_url + request.path, request, headers)
+    try:
+        return open_request(connection, config.base_url + request.path, request, headers)
+    except RouteChangedError:  # NO_PROXY, say: the next request asks for its way again
+        _routes.clear()
+        forget_proxies()
+        raise
 
 
 # --- the way to the platform ------------------------------------------------------------------------------------------

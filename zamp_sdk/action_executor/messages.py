@@ -44,6 +44,10 @@ class IncompleteError(Exception):
         self.needed = needed
 
 
+class RouteChangedError(OSError):
+    """urllib.request would go another way than the connection does, so nothing was sent."""
+
+
 # --- the way to the platform ------------------------------------------------------------------------------------------
 
 
@@ -82,6 +86,12 @@ def _proxies() -> _ProxyHandler:
     return _ProxyHandler()
 
 
+def forget_proxies() -> None:
+    """Read the proxies anew next time."""
+    _proxies.cache_clear()
+    _opener.cache_clear()  # which has them
+
+
 def connect_request(route: Route) -> bytes:
     """Write the request that asks a proxy for a tunnel (RFC 9110, 9.3.6)."""
     platform = route.platform if route.platform.rpartition(":")[2].isdigit() else f"{route.platform}:443"
@@ -116,7 +126,7 @@ class _HTTPConnection(http.client.HTTPConnection):
         self._reader = reader
         self._connection = reader.connection
         if host != self._connection.route.host:
-            raise ConnectionError("the proxy settings have just changed")
+            raise RouteChangedError("the proxy settings have just changed")
 
     def set_tunnel(self, host: str, port: int | None = None, headers: Mapping[str, str] | None = None) -> None:
         pass  # it leads through the tunnel already
