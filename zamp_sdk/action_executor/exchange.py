@@ -215,10 +215,13 @@ def _failure(
     if isinstance(exc, ssl.SSLCertVerificationError):
         pool.forget_tls_context()
     where = origin if route is None or route.host == origin else f"{origin} through the proxy {route.host}"
-    secrets = [config.auth_token]
-    if route is not None and route.proxy_authorization:
-        secrets.append(route.proxy_authorization.partition(" ")[2])
-    what = one_line(Redactor(*secrets).text(str(exc))) or type(exc).__name__
+    what = str(exc)
+    if isinstance(exc, PeerError):  # or else it is in the system's words, and the system may be out of everything
+        secrets = [config.auth_token]
+        if route is not None and route.proxy_authorization:
+            secrets.append(route.proxy_authorization.partition(" ")[2])
+        what = Redactor(*secrets).text(what)
+    what = one_line(what) or type(exc).__name__
     advice, may_retry = ("", getattr(exc, "may_retry", True)) if was_sent else _advice(exc, route, origin)
     message = f"no reply from {where}: {what}" if was_sent else f"cannot connect to {where}: {what}{advice}"
     if hops.queued > SLOW_THREAD:
