@@ -84,14 +84,14 @@ def common_name_only(ca: trustme.CA) -> ssl.SSLContext:
 
 
 BAD_CERTIFICATES = pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "says", "advises"),
     [
-        (self_signed, "self.signed certificate"),
-        (unknown_ca, "unable to get local issuer certificate"),
-        (expired, "certificate has expired"),
-        (not_yet_valid, "certificate is not yet valid"),
-        (wrong_host, "certificate is not valid for 'localhost'"),
-        (common_name_only, "certificate is not valid for 'localhost'"),
+        (self_signed, "self.signed certificate", "set SSL_CERT_FILE to the CA's PEM file"),
+        (unknown_ca, "unable to get local issuer certificate", "set SSL_CERT_FILE to the CA's PEM file"),
+        (expired, "certificate has expired", "this machine's clock"),
+        (not_yet_valid, "certificate is not yet valid", "this machine's clock"),
+        (wrong_host, "certificate is not valid for 'localhost'", "is for another host: check base_url"),
+        (common_name_only, "certificate is not valid for 'localhost'", "is for another host: check base_url"),
     ],
 )
 
@@ -110,9 +110,9 @@ async def failed_start(server: Server) -> HttpClientError:
 
 @BAD_CERTIFICATES
 async def test_a_start_never_reaches_a_server_with_a_bad_certificate(
-    ca: trustme.CA, trusted: Path, make: Callable[[trustme.CA], ssl.SSLContext], says: str
+    ca: trustme.CA, trusted: Path, make: Callable[[trustme.CA], ssl.SSLContext], says: str, advises: str
 ) -> None:
-    """It fails at once and with no doubt, not one request arrives, and the message names the variable to set."""
+    """It fails at once and with no doubt, not one request arrives, and the message says what to do about this fault."""
     with Server(make(ca)) as server:
         error = await failed_start(server)
     assert server.requests == []
@@ -121,13 +121,14 @@ async def test_a_start_never_reaches_a_server_with_a_bad_certificate(
     assert error.status_code is None
     assert isinstance(error.__cause__, ssl.SSLCertVerificationError)
     assert re.search(says, str(error))
-    assert "SSL_CERT_FILE" in str(error)
+    assert advises in str(error)
+    assert ("SSL_CERT_FILE" in str(error)) == ("SSL_CERT_FILE" in advises)
     assert f"localhost:{server.port}" in str(error)
 
 
 @BAD_CERTIFICATES
 async def test_a_poll_never_reaches_a_server_with_a_bad_certificate(
-    ca: trustme.CA, trusted: Path, make: Callable[[trustme.CA], ssl.SSLContext], says: str
+    ca: trustme.CA, trusted: Path, make: Callable[[trustme.CA], ssl.SSLContext], says: str, advises: str
 ) -> None:
     """It fails at once as well, for waiting would not help, and the error carries the action's id."""
     with Server(make(ca)) as server:

@@ -82,19 +82,19 @@ class Connection:
     """A connected socket, in TLS once ``start_tls`` is done."""
 
     def __init__(self, sock: socket.socket, route: Route) -> None:
-        self.sock = sock
-        self.route = route
-        self.incoming = bytearray()
+        self.sock: socket.socket = sock
+        self.route: Route = route
+        self.incoming: bytearray = bytearray()
         """What has come and was not read yet."""
-        self.sent = 0
+        self.sent: int = 0
         """Bytes that the socket has taken, handshakes included."""
-        self.has_ended = False
+        self.has_ended: bool = False
         """Whether the peer sends no more."""
         self.failure: OSError | None = None
         """What broke it; what came before still counts."""
-        self.is_reusable = False
+        self.is_reusable: bool = False
         """Whether the last reply leaves it fit for another request; who reads a reply sets it."""
-        self.idle_since = 0.0
+        self.idle_since: float = 0.0
         """By ``time.monotonic``; kept by the pool."""
         self._outgoing = bytearray()
         self._plaintext = bytearray()

@@ -38,7 +38,7 @@ SLOW_THREAD = 1.0
 MAX_ROUTES = 64
 """Platforms whose routes are kept in mind; a program speaks to one or two."""
 
-logger = logging.getLogger("zamp_sdk")
+logger: logging.Logger = logging.getLogger("zamp_sdk")
 
 _routes: dict[str, Route] = {}  # by base URL
 
@@ -272,7 +272,7 @@ HOST_MISMATCHES = (62, 64)
 
 
 def _tunnel_advice(status: int, host: str) -> str:
-    if status == 407:
+    if status in (401, 407):  # tinyproxy says 401
         return "; put the proxy's user name and password into HTTPS_PROXY"
     if status >= 500 or status in (408, 425, 429):
         return f"; the proxy cannot reach {host} now"

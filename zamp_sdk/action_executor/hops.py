@@ -41,8 +41,8 @@ class Hops:
     """The hops and the waits of one request, within ``timeout`` seconds from now."""
 
     def __init__(self, timeout: float) -> None:
-        self.deadline = time.monotonic() + timeout
-        self.queued = 0.0
+        self.deadline: float = time.monotonic() + timeout
+        self.queued: float = 0.0
         """Seconds spent waiting for a thread, in sum."""
         self._ticket: concurrent.futures.Future[None] | None = None
 

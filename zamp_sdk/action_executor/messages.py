@@ -187,7 +187,7 @@ class ReplyReader:
     """Reads one reply out of what a connection has received; asked again whenever more may have come."""
 
     def __init__(self, connection: Connection, method: str) -> None:
-        self.connection = connection
+        self.connection: Connection = connection
         self.response: http.client.HTTPResponse | None = None
         """The reply's status and headers, once they are there."""
         self.reply: Reply | None = None
