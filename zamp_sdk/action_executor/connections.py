@@ -143,10 +143,14 @@ class Connection:
         except OSError as exc:
             self.failure = self.failure or exc
 
+    @property
+    def has_leftovers(self) -> bool:
+        """Whether the last request has left something behind: a byte either way, an end, or a failure."""
+        return bool(self.incoming or self._record or self.has_unsent or self.has_ended or self.failure)
+
     def is_quiet(self) -> bool:
-        """Whether nothing is left over of the last request: not a byte, and no end."""
-        is_used_up = self.incoming or self._record or self.has_unsent or self.has_ended or self.failure
-        return not is_used_up and not is_ready([self.sock], READ)
+        """Whether nothing is left over of the last request, and nothing has come since: not even an end."""
+        return not self.has_leftovers and not is_ready([self.sock], READ)
 
     def close(self) -> None:
         """Close the socket; twice does no harm."""
@@ -212,8 +216,9 @@ class Connection:
 
     def _decrypt(self) -> None:
         assert self._tls is not None
+        encrypted = self._encrypted_in
         try:
-            while True:
+            while encrypted.pending or encrypted.eof or self._tls.pending():
                 plain = self._tls.read(RECORD)
                 if not plain:  # a close_notify
                     self.has_ended = True

@@ -156,7 +156,7 @@ class Pool:
             connection.close()
 
     def _give_back(self, connection: Connection, *, may_keep: bool) -> None:
-        is_kept = may_keep and connection.is_reusable and connection.is_quiet()
+        is_kept = may_keep and connection.is_reusable and not connection.has_leftovers  # `take` looks at the socket
         with self._lock:
             self._leased.discard(connection)
             if is_kept:
