@@ -9,6 +9,8 @@ Promises:
                              test_executor.py::test_collect_elsewhere
   one origin gets the token  test_http_client.py::test_redirects_are_not_followed
                              test_faults.py::test_a_reply_that_echoes_the_token_does_not_make_an_error_show_it
+  a reply is its request's   test_transport.py::test_a_poll_does_not_get_a_reply_that_came_too_early
+                             test_transport.py::test_another_actions_reply_is_no_reply
 Install:
   renamed or in a zip file   test_vendored.py::test_a_renamed_copy_and_an_installed_one_work_in_one_process
                              test_vendored.py::test_runs_from_inside_a_zip
@@ -32,6 +34,10 @@ API and errors:
   signatures and attributes  test_imports.py::test_a_public_class_has_these_members_and_no_others
                              test_imports.py::test_an_exception_has_these_bases_and_attributes
   errors can be pickled      test_errors.py::test_errors_survive
+  positional HttpClientError test_errors.py::test_positional_arguments
+  handles stay where they are test_executor.py::test_handles_stay_where_they_are
+  a refused result           test_executor.py::test_a_refused_result_is_warned_of
+  long params in a thread    test_payloads.py::test_the_loop_goes_on_while_params_are_encoded
 Waiting:
   four tries in 60 s         test_faults.py::test_a_start_is_given_up_after_four_tries
                              test_lifecycle.py::test_start_gives_up_rather_than_wait_beyond_its_window
@@ -43,9 +49,19 @@ Waiting:
   404 within 10 s            test_lifecycle.py::test_not_found_just_after_the_start
   the limit of a wait        test_lifecycle.py::test_wait_limit
   cancelling                 test_executor.py::test_cancelled_execute_logs_the_id
+  seen on stderr, and a note test_executor.py::test_by_default_a_person_sees_the_id
+  unknown statuses           test_lifecycle.py::test_unknown_statuses_are_waited_for
+                             test_lifecycle.py::test_unknown_status_that_ended
+Command line:
+  -v, --port                 test_cli.py::test_verbose_shows_the_requests
+                             test_cli.py::test_serve_listens_where_it_is_told
+  no abbreviations           test_cli.py::test_an_unknown_option_is_named
+  exit codes                 test_cli.py::test_a_result_that_cannot_be_written_is_exit_code_2
+                             test_cli.py::test_a_reader_that_has_gone_away_is_exit_code_141
 Testing your code:
   fail_next and drop_next    test_local_platform.py::test_fail_next_answers_with_the_status_unprocessed
                              test_local_platform.py::test_drop_next_closes_without_an_answer
+  tracebacks in the log      test_local_platform.py::test_the_traceback_of_a_failed_attempt_is_in_the_log
 Network, logging, scaling:
   proxies                    peers/test_tinyproxy.py::test_https_goes_through_a_tunnel
                              peers/test_tinyproxy.py::test_no_proxy_goes_past_it
@@ -53,6 +69,16 @@ Network, logging, scaling:
                              peers/test_certificates.py::test_ssl_cert_dir_makes_a_private_ca_trusted
   TLS 1.2, always verified   peers/test_certificates.py::test_tls_1_1_is_not_spoken
                              peers/test_certificates.py::test_a_start_never_reaches_a_server_with_a_bad_certificate
+  RFC 8305                   test_transport.py::test_dead_addresses_cost_a_moment
+  gzip and deflate           test_transport.py::test_a_compressed_reply_is_read
+  this machine by a proxy    test_transport.py::test_a_proxy_for_this_machine_is_warned_of
+  64 connections, one line   test_http_client.py::test_event_loops_in_threads_share_64_sockets
+                             test_http_client.py::test_event_loops_in_threads_wait_in_one_line
+                             test_http_client.py::test_waiting_in_the_line_is_not_part_of_a_requests_time
+  closed after 10 s          test_transport.py::test_idle_connections_close_by_themselves
+  no thread waits            test_transport.py::test_a_stalled_reply_delays_nobody_else
+                             test_transport.py::test_a_stalled_proxy_delays_nobody_else
+  tracing agents             peers/test_tracing.py::test_an_action_runs_under_a_tracing_agent
   nothing secret in the log  test_http_client.py::test_the_log_names_requests_and_nothing_secret
 AWS Lambda:
   freezing; start and collect peers/test_lambda.py::test_three_invocations_with_a_freeze

@@ -146,15 +146,18 @@ class _HTTPConnection(http.client.HTTPConnection):
 
 
 class _PendingResponse:
-    """What ``open`` returns while the reply is on its way: tracing agents that wrap ``open`` look at its attributes."""
+    """What ``open`` returns while the reply is on its way: tracing agents that wrap ``open`` look at its attributes.
 
-    status = code = None
+    Some compare the status with numbers, so it has one: 102, "Processing" (RFC 2518, 10.1), which is how things stand.
+    """
+
+    status = code = 102
     reason = ""
     version = 11
     headers: Mapping[str, str] = {}
 
-    def getcode(self) -> None:
-        """Tell no status, for there is none yet."""
+    def getcode(self) -> int:
+        return self.status
 
     def info(self) -> Mapping[str, str]:
         return self.headers
