@@ -965,7 +965,7 @@ async def test_an_agent_that_wraps_open_finds_a_response(
     assert len(seen) == 2
     assert {version for *_, version, _ in seen} == {11}
     if delay:
-        assert seen[0][:3] == (None, None, None)
+        assert seen[0][:3] == (102, 102, 102)  # "Processing"; some agents compare it with numbers
     assert TOKEN not in str(seen)
 
 
