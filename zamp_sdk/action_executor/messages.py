@@ -249,7 +249,8 @@ class ReplyReader:
             if response.length:
                 source.expect(response.length)  # http.client itself would read in steps
             elif response.chunked:  # its end is a blank line
-                self._searched = source.expect_blank_line(max(self._searched, source.position) - 3)
+                # A blank line may have come in part, so three bytes are searched again.
+                self._searched = source.expect_blank_line(max(self._searched - 3, source.position))
             body = _read_body(response)
         headers = {name.lower(): " ".join(value.split()) for name, value in response.headers.raw_items()}
         del connection.incoming[: source.position]
@@ -306,7 +307,6 @@ class _Source:
 
     def expect_blank_line(self, start: int) -> int:
         """Run dry unless there is a blank line behind this position; return how much was searched."""
-        start = max(0, start)
         if self._received.find(b"\n\r\n", start) < 0 and self._received.find(b"\n\n", start) < 0:
             self._run_dry(len(self._received) + 1)
         return len(self._received)
