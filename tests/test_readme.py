@@ -9,6 +9,7 @@ Promises:
                              test_executor.py::test_collect_elsewhere
   one origin gets the token  test_http_client.py::test_redirects_are_not_followed
                              test_faults.py::test_a_reply_that_echoes_the_token_does_not_make_an_error_show_it
+                             test_executor.py::test_no_frame_of_a_suspended_task_holds_the_token
   a reply is its request's   test_transport.py::test_a_poll_does_not_get_a_reply_that_came_too_early
                              test_transport.py::test_another_actions_reply_is_no_reply
 Install:
@@ -30,6 +31,7 @@ This one or the official one:
 Configuration:
   arguments win              test_models.py::test_arguments_come_first
                              test_models.py::test_missing_configuration
+                             test_executor.py::test_missing_configuration_sends_nothing
 API and errors:
   signatures and attributes  test_imports.py::test_a_public_class_has_these_members_and_no_others
                              test_imports.py::test_an_exception_has_these_bases_and_attributes
@@ -38,6 +40,17 @@ API and errors:
   handles stay where they are test_executor.py::test_handles_stay_where_they_are
   a refused result           test_executor.py::test_a_refused_result_is_warned_of
   long params in a thread    test_payloads.py::test_the_loop_goes_on_while_params_are_encoded
+  what params may hold       test_wire.py::test_params_arrive_as_the_json_that_people_expect
+                             test_wire.py::test_what_json_cannot_hold_is_refused_with_its_place
+                             peers/test_pydantic.py::test_models_are_found_wherever_they_stand
+  return_type                test_executor.py::test_return_type_that_has_the_method
+                             test_executor.py::test_other_return_types_leave_the_result
+                             test_typing.py::test_inferred_types
+  result(timeout)            test_executor.py::test_handle
+                             test_executor.py::test_wait_that_is_over
+  text of a peer             test_redaction.py::test_forms
+                             test_redaction.py::test_one_line
+                             test_lifecycle.py::test_what_a_peer_wrote_is_one_printable_line
 Waiting:
   four tries in 60 s         test_faults.py::test_a_start_is_given_up_after_four_tries
                              test_lifecycle.py::test_start_gives_up_rather_than_wait_beyond_its_window
@@ -52,24 +65,42 @@ Waiting:
   seen on stderr, and a note test_executor.py::test_by_default_a_person_sees_the_id
   unknown statuses           test_lifecycle.py::test_unknown_statuses_are_waited_for
                              test_lifecycle.py::test_unknown_status_that_ended
+                             test_lifecycle.py::test_looking_at_an_unknown_status
+  one Idempotency-Key        test_faults.py::test_a_start_is_sent_again_after_what_cannot_have_started_it
 Command line:
+  where the token comes from test_cli.py::test_the_token_comes_from_a_file_and_is_not_shown
+                             test_cli.py::test_what_may_be_a_token_is_never_repeated
   -v, --port                 test_cli.py::test_verbose_shows_the_requests
                              test_cli.py::test_serve_listens_where_it_is_told
   no abbreviations           test_cli.py::test_an_unknown_option_is_named
-  exit codes                 test_cli.py::test_a_result_that_cannot_be_written_is_exit_code_2
+  exit codes                 test_cli.py::test_a_failed_action_is_exit_code_1
+                             test_cli.py::test_what_a_user_gets_wrong_is_exit_code_2_and_sends_nothing
+                             test_cli.py::test_an_unknown_id_is_exit_code_3
+                             test_cli.py::test_a_wait_that_is_over_is_exit_code_4
+                             test_cli.py::test_ctrl_c_while_waiting_is_exit_code_130
+                             test_cli.py::test_a_result_that_cannot_be_written_is_exit_code_2
                              test_cli.py::test_a_reader_that_has_gone_away_is_exit_code_141
 Testing your code:
   fail_next and drop_next    test_local_platform.py::test_fail_next_answers_with_the_status_unprocessed
                              test_local_platform.py::test_drop_next_closes_without_an_answer
   tracebacks in the log      test_local_platform.py::test_the_traceback_of_a_failed_attempt_is_in_the_log
+  requests                   test_local_platform.py::test_requests_are_recorded_in_order_without_the_token
+  its token and its host     test_local_platform.py::test_a_wrong_token_is_refused
+                             test_local_platform.py::test_a_request_for_another_host_is_421_and_runs_nothing
+  a function defined again   test_local_platform.py::test_the_same_function_defined_again_takes_its_place
 Network, logging, scaling:
   proxies                    peers/test_tinyproxy.py::test_https_goes_through_a_tunnel
                              peers/test_tinyproxy.py::test_no_proxy_goes_past_it
+                             test_http_client.py::test_a_proxy_that_speaks_something_else_is_refused
+                             test_transport.py::test_no_proxy_that_changes_between_requests_does_no_harm
   authorities                peers/test_certificates.py::test_ssl_cert_file_makes_a_private_ca_trusted
                              peers/test_certificates.py::test_ssl_cert_dir_makes_a_private_ca_trusted
+                             test_transport.py::test_authorities_that_come_late_are_read
   TLS 1.2, always verified   peers/test_certificates.py::test_tls_1_1_is_not_spoken
                              peers/test_certificates.py::test_a_start_never_reaches_a_server_with_a_bad_certificate
   RFC 8305                   test_transport.py::test_dead_addresses_cost_a_moment
+  advice                     peers/test_certificates.py::test_a_variable_that_names_nothing_is_blamed
+                             test_http_client.py::test_a_busy_default_executor_is_named_as_the_cause
   gzip and deflate           test_transport.py::test_a_compressed_reply_is_read
   this machine by a proxy    test_transport.py::test_a_proxy_for_this_machine_is_warned_of
   64 connections, one line   test_http_client.py::test_event_loops_in_threads_share_64_sockets
@@ -78,8 +109,11 @@ Network, logging, scaling:
   closed after 10 s          test_transport.py::test_idle_connections_close_by_themselves
   no thread waits            test_transport.py::test_a_stalled_reply_delays_nobody_else
                              test_transport.py::test_a_stalled_proxy_delays_nobody_else
+                             test_transport.py::test_a_loop_that_watches_no_sockets_will_do
   tracing agents             peers/test_tracing.py::test_an_action_runs_under_a_tracing_agent
   nothing secret in the log  test_http_client.py::test_the_log_names_requests_and_nothing_secret
+  warnings                   test_executor.py::test_long_retries_are_logged
+                             test_executor.py::test_plain_http_is_warned_of
 AWS Lambda:
   freezing; start and collect peers/test_lambda.py::test_three_invocations_with_a_freeze
                              peers/test_lambda.py::test_start_in_one_function_and_collect_in_another
@@ -87,6 +121,7 @@ AWS Lambda:
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -182,6 +217,21 @@ def test_each_claim_has_a_test() -> None:
 
     assert len(named) > 30
     assert missing == []
+
+
+def test_the_messages_in_the_table_are_those_that_the_package_gives() -> None:
+    """Each message that the table of troubles quotes stands in the package, so that people find it."""
+    table = README.partition("| what you see |")[2].partition("\n\n")[0]
+    quoted = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
+    texts = [
+        node.value
+        for module in (TESTS.parent / "zamp_sdk").rglob("*.py")
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    ]
+
+    assert len(quoted) >= 10
+    assert [message for message in quoted if not any(message in text for text in texts)] == []
 
 
 def test_the_links_inside_the_readme_lead_somewhere() -> None:

@@ -57,7 +57,7 @@ client.begin_transaction("test")
 result = asyncio.run(ActionExecutor.execute("act", {}, base_url=sys.argv[1]))
 client.end_transaction("test", "ok")
 spans = [data for kind, data in sent if kind == "span"]
-print(json.dumps({"result": result, "spans": spans}, default=str))
+print(json.dumps({"result": result, "spans": spans, "all": sent}, default=str))
 client.close()
 """
 
@@ -104,5 +104,7 @@ def test_an_action_runs_under_a_tracing_agent(
         assert len(found["spans"]) == len(server.requests) == 2
         shown = json.dumps(found["spans"])
         assert f"127.0.0.1:{server.port}" in shown
+        if delay:
+            assert shown.count('status_code": 102') == 2  # the spans end before the replies come
         headers = {header for request in server.requests for header in request.headers}
         assert "traceparent" in headers  # so that the platform's spans would be children of these
