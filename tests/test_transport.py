@@ -48,6 +48,7 @@ from tests.servers import (
 )
 from zamp_sdk import ActionExecutor, ActionHandle, HttpClientError
 from zamp_sdk.action_executor import connections, exchange, lifecycle, messages, pool
+from zamp_sdk.action_executor.wire import Reply
 
 ROOT = Path(zamp_sdk.__file__).parent.parent
 PROMPT = 5.0  # s: far less than what would be waited for otherwise, and enough for a busy machine
@@ -967,6 +968,48 @@ async def test_an_agent_that_wraps_open_finds_a_response(
     if delay:
         assert seen[0][:3] == (102, 102, 102)  # "Processing"; some agents compare it with numbers
     assert TOKEN not in str(seen)
+
+
+# --- replies in pieces ------------------------------------------------------------------------------------------------
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+REPLIES = {
+    "Content-Length, informational replies first": (
+        b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: a\r\n\r\n" + http_reply(200, {"id": ACTION_ID})
+    ),
+    "chunks, an extension, a blank line inside, trailers": (
+        CHUNKED + b'5;a=b\r\n{"id"\r\n5\r\n:\r\n\r\n\r\na\r\n"action-1"\r\n1\r\n}\r\n0\r\nA: b\r\nC: d\r\n\r\n'
+    ),
+    "no chunk": CHUNKED.replace(b"200 OK", b"500 No") + b"0\r\n\r\n",
+    "no body": b"HTTP/1.1 204 No Content\r\n\r\n",
+}
+
+
+def read_in_pieces(pieces: list[bytes]) -> Reply:
+    """Return the reply that these pieces make, of which only the last completes it."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        connection = connections.Connection(ours, connections.Route(is_tls=False, host="platform.test"))
+        reader = messages.ReplyReader(connection, "POST")
+        for piece in pieces[:-1]:
+            theirs.sendall(piece)
+            assert reader.proceed() is reader
+        theirs.sendall(pieces[-1])
+        found = reader.proceed()
+        assert isinstance(found, Reply)
+        assert not connection.has_leftovers
+        assert connection.is_reusable
+        return found
+
+
+@pytest.mark.parametrize("data", REPLIES.values(), ids=REPLIES)
+def test_a_reply_may_be_cut_anywhere(data: bytes) -> None:
+    """Whichever byte a reply is cut at, and if it comes byte by byte, it is read as if it had come in one piece."""
+    whole = read_in_pieces([data])
+    for cut in range(1, len(data)):
+        assert read_in_pieces([data[:cut], data[cut:]]) == whole
+    assert read_in_pieces([bytes([byte]) for byte in data]) == whole
 
 
 # --- mistakes of this package -----------------------------------------------------------------------------------------
