@@ -236,7 +236,7 @@ ARROWS: dict[str, set[str]] = {
         "action_executor.connections",
         "action_executor.hops",
         "action_executor.messages?",
-        "action_executor.models?",
+        "action_executor.models",
         "action_executor.pool",
         "action_executor.redaction",
         "action_executor.wire",

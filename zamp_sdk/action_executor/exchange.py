@@ -17,13 +17,13 @@ import contextlib
 import functools
 import logging
 import os
-import re
 import ssl
 import sys
 from typing import TYPE_CHECKING
 
 from .connections import OUT_OF_DESCRIPTORS, Connection, PeerError, Route, dial
 from .hops import Hops
+from .models import is_this_machine
 from .pool import Pool, shared_pool
 from .redaction import Redactor, one_line
 from .wire import Answer, Failure, Progress, Reply, Request
@@ -111,7 +111,7 @@ async def _find_route(base_url: str, pool: Pool, hops: Hops) -> Route:
     origin = base_url.split("/")[2]
     if _may_have_proxy():
         route = await hops.run(functools.partial(_ask_for_route, base_url))
-        if route.host != origin and re.fullmatch(LOOPBACK, origin):
+        if route.host != origin and is_this_machine(base_url):
             logger.warning(
                 "%s is this machine, but the proxy %s is asked for it, and sees the token and the data: "
                 "set NO_PROXY=localhost,127.0.0.1",
@@ -127,10 +127,6 @@ async def _find_route(base_url: str, pool: Pool, hops: Hops) -> Route:
         _routes.clear()
     _routes[base_url] = route
     return route
-
-
-LOOPBACK = r"(127(\.\d+){3}|localhost|\[::1\])(:\d+)?"
-"""The hosts, as in a URL, that are this machine."""
 
 
 def _may_have_proxy() -> bool:

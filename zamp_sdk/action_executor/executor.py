@@ -6,14 +6,13 @@ import asyncio
 import functools
 import math
 import os
-import re
 import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Callable, Coroutine, Generic, NoReturn, Protocol, TypeVar, overload
 
 from ..errors import ActionFailedError, ZampError
 from . import http_client, lifecycle, wire
-from .models import ActionStatus, RetryPolicy, SdkConfig, check_type
+from .models import ActionStatus, RetryPolicy, SdkConfig, check_type, is_this_machine
 from .redaction import Redactor
 
 T = TypeVar("T")
@@ -396,8 +395,7 @@ def _resolve(base_url: str | None, auth_token: str | None) -> SdkConfig:
 @functools.lru_cache(maxsize=8)
 def _warn_of_plain_http(base_url: str) -> None:
     """Warn once of each URL to which the token goes in the clear."""
-    host = base_url.split("/")[2]
-    if not re.fullmatch(r"(127(\.\d+){3}|localhost|\[::1\])(:\d+)?", host):
+    if not is_this_machine(base_url):
         http_client.logger.warning(
             "%s is plain http: the token and the data can be read on the way; use https", base_url
         )

@@ -137,3 +137,8 @@ def _normalize_base_url(url: str) -> str:
     port = f":{int(parts[3])}" if parts[3] else ""
     path = quote((parts[4] or "").rstrip("/"), safe="/%:@!$&'()*+,;=~")
     return f"{parts[1].lower()}://{host}{port}{path}"
+
+
+def is_this_machine(base_url: str) -> bool:
+    """Whether a normalised base URL leads to this machine itself: ``localhost``, 127.0.0.0/8 or ``[::1]``."""
+    return bool(re.fullmatch(r"(127(\.\d+){3}|localhost|\[::1\])(:\d+)?", base_url.split("/")[2]))
