@@ -42,7 +42,7 @@ type-check: $(INSTALLED) ## Check the types, strictly
 
 # Coverage is of the whole suite: PYTEST_ARGS=tests/test_errors.py runs that file alone, without it.
 test: $(INSTALLED) ## Run the tests with coverage, or those of PYTEST_ARGS without
-	$(PY) -m pytest $(or $(PYTEST_ARGS),--cov -n auto --maxprocesses 4)
+	$(PY) -m pytest $(or $(PYTEST_ARGS),--cov -n 4 --dist worksteal)
 
 test-peers: $(INSTALLED) ## Run the tests against real programs (nginx, tinyproxy, the official SDK, ...)
 	$(PY) -m pytest tests/peers $(PYTEST_ARGS)

@@ -31,7 +31,7 @@ def test(version: str, interpreter: Path) -> bool:
     steps: list[list[str | Path]] = [
         [python, "-m", "pip", "install", "--quiet", "--upgrade", "pip>=25.1"],
         [python, "-m", "pip", "install", "--quiet", "--editable", ".", "--group", "test"],
-        [python, "-m", "pytest", "-p", "no:cacheprovider", *sys.argv[1:]],
+        [python, "-m", "pytest", "-p", "no:cacheprovider", "-n", "2", "--dist", "worksteal", *sys.argv[1:]],
     ]
     if not python.exists():
         steps.insert(0, [interpreter, "-m", "venv", venv])

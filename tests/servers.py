@@ -276,6 +276,8 @@ class Server:
     def _accept(self) -> None:
         while True:
             sock, _ = self._listener.accept()
+            # Or else what is written just before a reset may never leave.
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if self.stopping.is_set():
                 sock.close()
                 return

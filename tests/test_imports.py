@@ -243,6 +243,7 @@ ARROWS: dict[str, set[str]] = {
     },
     "action_executor.http_client": {
         "action_executor.exchange?",
+        "action_executor.messages?",
         "action_executor.models?",
         "action_executor.wire",
     },

@@ -190,6 +190,19 @@ def test_runs_in_a_zipapp(tmp_path: Path) -> None:
     assert run([tmp_path / "app.pyz"], cwd=tmp_path, options=[*STRICT, "-I", "-S"]) == printed()
 
 
+def test_a_module_in_a_zip_is_never_seen_half_imported(tmp_path: Path) -> None:
+    """While one thread imports a module of the package, another that wants it waits (Python 3.9 needs help there)."""
+    package = copy_package(tmp_path / "source" / "zamp_sdk")
+    for module in package.rglob("*.py"):
+        future = "from __future__ import annotations\n"
+        slowly = f"{future}import time as _time\n_time.sleep(0.1)\n"  # so that another thread looks at it meanwhile
+        module.write_text(module.read_text().replace(future, slowly))
+    (tmp_path / "source" / "__main__.py").write_text(program())
+    zipapp.create_archive(tmp_path / "source", tmp_path / "app.pyz")
+
+    assert run([tmp_path / "app.pyz"], cwd=tmp_path, options=["-I", "-S"]) == printed()
+
+
 def test_runs_without_files(tmp_path: Path) -> None:
     """The package runs actions when its modules come from memory, without ``__file__``, as in a frozen program."""
     archive = zip_package(tmp_path / "packages.zip")
