@@ -60,6 +60,7 @@ RETRY, UNKNOWN, RAISE = "retry", "unknown", "raise"
 TRIES = 4  # of a start
 FOR_EVER = 1000
 SHORT = 0.12  # s of patience with a server that does not answer
+LONG_ENOUGH = 0.5  # s of patience with one that does, but does not come to an end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,6 +208,8 @@ AFTER_SENDING = [
     Fault("null", reply(200, b"null"), UNKNOWN, RETRY, "not a JSON object", 200),
     Fault("no body", reply(200), UNKNOWN, RETRY, "(empty)", 200),
     Fault("HTTP 204", raw(b"HTTP/1.1 204 No Content\r\n\r\n"), UNKNOWN, RETRY, "HTTP 204", 204),
+    Fault("another protocol", drip(b"SSH-2.0-x\r\n" + b"-" * 500, 11), UNKNOWN, RETRY, "SSH-2.0-x", timeout=SHORT),
+    Fault("tiny chunks", raw(_chunked(b"1\r\n \r\n" * 70_000)), UNKNOWN, RAISE, "over 65,536 chunks"),
     Fault("over 64 MiB", raw(_HUGE), UNKNOWN, RAISE, "over 64 MiB"),
     Fault("an object that says nothing", reply(200, {}), UNKNOWN, RETRY, "the reply has no", 200),
     Fault("an error without a status", reply(200, {"error": {"message": "no quota"}}), UNKNOWN, RAISE, "no quota", 200),
@@ -220,6 +223,14 @@ REFUSED = [
     Fault("HTTP 429", reply(429), RETRY, RETRY, "HTTP 429 Too Many Requests", 429),
     Fault("HTTP 429, Retry-After", reply(429, headers={"Retry-After": "0"}), RETRY, RETRY, "HTTP 429", 429),
     Fault("HTTP 503, Retry-After", reply(503, headers={"Retry-After": "0"}), RETRY, RETRY, "HTTP 503", 503),
+]
+
+_REFUSAL = http_reply(429, b"because" * 100)
+_LOGIN = http_reply(401, b"because" * 100)
+
+STALLING_REFUSALS = [
+    Fault("HTTP 429 whose body stalls", drip(_REFUSAL, 120), RETRY, RETRY, "HTTP 429", 429, timeout=LONG_ENOUGH),
+    Fault("HTTP 401 whose body stalls", drip(_LOGIN, 120), RAISE, RAISE, "HTTP 401", 401, timeout=LONG_ENOUGH),
 ]
 
 STATUS_CODES = [
@@ -241,7 +252,19 @@ NO_ROUTE = [
     Fault("connect times out", "hanging port", RETRY, RETRY, "timed out"),
 ]
 
+
+def _alert(description: int) -> Act:
+    """Answer a ClientHello with this fatal alert (RFC 8446, 6)."""
+    return after_hello(raw(bytes((21, 3, 3, 0, 2, 2, description))))
+
+
 HANDSHAKES = [
+    Fault("alert: internal error", _alert(80), RETRY, RETRY, "cannot connect to localhost"),
+    Fault("alert: decode error", _alert(50), RETRY, RETRY, "cannot connect to localhost"),
+    Fault("alert: unrecognized name", _alert(112), RETRY, RETRY, "cannot connect to localhost"),
+    Fault("alert: handshake failure", _alert(40), RAISE, RAISE, "does it speak TLS 1.2 or later there?"),
+    Fault("alert: protocol version", _alert(70), RAISE, RAISE, "does it speak TLS 1.2 or later there?"),
+    Fault("alert: insufficient security", _alert(71), RAISE, RAISE, "does it speak TLS 1.2 or later there?"),
     Fault("reset", after_hello(reset), RETRY, RETRY, "cannot connect to localhost"),
     Fault("reset at once", reset, RETRY, RETRY, "cannot connect to localhost"),
     Fault("end of the connection", after_hello(hang_up), RETRY, RETRY, "cannot connect to localhost"),
@@ -256,12 +279,16 @@ HANDSHAKES = [
     Fault("TLS 1.1", "TLS 1.1", RAISE, RAISE, "does it speak TLS 1.2 or later there?"),
 ]
 
+_ENDLESS_407 = b"HTTP/1.1 407 Who?\r\nVia: x\r\n\r\n" + b" " * 1000
+
 PROXIES = [
     *(
         Fault(f"HTTP {code}", reply(code), RETRY, RETRY, f"Tunnel connection failed: {code}")
         for code in (408, 425, 429, 500, 502, 503, 504)
     ),
     Fault("HTTP 403", reply(403), RAISE, RAISE, "the proxy does not let you through to platform.test"),
+    Fault("HTTP 407 without end", drip(_ENDLESS_407, 30), RAISE, RAISE, "password into HTTPS_PROXY", timeout=SHORT),
+    Fault("more than a reply", raw(http_reply(200) + _STARTED), RETRY, RETRY, "more than its reply to CONNECT"),
     Fault("HTTP 407", reply(407), RAISE, RAISE, "user name and password into HTTPS_PROXY"),
     Fault("reset", reset, RETRY, RETRY, "cannot connect to platform.test"),
     Fault("end of the connection", hang_up, RETRY, RETRY, "cannot connect to platform.test"),
@@ -271,7 +298,7 @@ PROXIES = [
 ]
 
 FAULTS = [
-    *((FaultyReplies, fault) for fault in [*AFTER_SENDING, *REFUSED, *STATUS_CODES]),
+    *((FaultyReplies, fault) for fault in [*AFTER_SENDING, *REFUSED, *STALLING_REFUSALS, *STATUS_CODES]),
     *((FaultyLookups, fault) for fault in NO_ROUTE),
     *((FaultyHandshakes, fault) for fault in HANDSHAKES),
     *((FaultyProxy, fault) for fault in PROXIES),

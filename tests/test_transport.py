@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gzip
 import logging
 import os
@@ -47,8 +48,9 @@ from tests.servers import (
     tunnel,
 )
 from zamp_sdk import ActionExecutor, ActionHandle, HttpClientError
-from zamp_sdk.action_executor import connections, exchange, lifecycle, messages, pool
-from zamp_sdk.action_executor.wire import Reply
+from zamp_sdk.action_executor import connections, exchange, hops, http_client, lifecycle, messages, pool
+from zamp_sdk.action_executor.models import SdkConfig
+from zamp_sdk.action_executor.wire import Failure, Reply, Request
 
 ROOT = Path(zamp_sdk.__file__).parent.parent
 PROMPT = 5.0  # s: far less than what would be waited for otherwise, and enough for a busy machine
@@ -509,6 +511,26 @@ async def test_a_slow_address_may_still_answer(pace: Pace, monkeypatch: pytest.M
         thread.join()
 
 
+async def test_many_dead_addresses_are_given_up_in_time(pace: Pace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many addresses a host has, no more of them are tried than the time to connect allows."""
+    monkeypatch.setattr(connections, "ATTEMPT_DELAY", 0.02)
+    monkeypatch.setattr(connections, "CONNECT_TIMEOUT", 0.1)
+    tried = []
+    really_begin = connections._begin_to_connect
+
+    def begin(address: Any) -> socket.socket:
+        tried.append(address)
+        return really_begin(address)
+
+    monkeypatch.setattr(connections, "_begin_to_connect", begin)
+    with hanging_port() as port:
+        resolve_to(monkeypatch, *[port] * 200)
+        outcome = await http_client.send(SdkConfig("http://platform.test", TOKEN), Request("GET", "/"), 30.0)
+    assert isinstance(outcome, Failure)
+    assert "timed out" in outcome.message
+    assert len(tried) < 20
+
+
 def test_address_families_take_turns() -> None:
     """The families alternate, in the order in which the first of each came (RFC 8305, 4)."""
     v6, v4 = socket.AF_INET6, socket.AF_INET
@@ -727,6 +749,56 @@ async def test_an_executor_that_throws_work_away_cancels_no_task(
     assert room_is_free()
 
 
+class Meddling(ThreadPoolExecutor):
+    """An executor that queues the work, and fails all the same."""
+
+    def submit(self, *args: Any, **kwargs: Any) -> Any:
+        super().submit(*args, **kwargs)
+        time.sleep(0.05)  # it has begun by now
+        raise RuntimeError("instrumentation failed")
+
+
+async def cancel_hops() -> None:
+    """Cancel whatever task waits for a thread."""
+    while True:
+        for task in asyncio.all_tasks():
+            if getattr(task.get_coro(), "__name__", "") == "to_thread":
+                task.cancel()
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("meddler", ["executor", "task"])
+async def test_what_a_thread_has_done_counts_whatever_became_of_its_task(
+    meddler: str, server: Server, pace: Pace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start that was sent is told by the thread that sent it, not by those who wait for the thread."""
+    really_open = messages.open_request
+
+    def slowly(*args: Any) -> Any:
+        try:
+            return really_open(*args)
+        finally:
+            time.sleep(0.1)
+
+    monkeypatch.setattr(messages, "open_request", slowly)
+    assert await start(server.url) == ACTION_ID
+    cancelling = None
+    if meddler == "executor":
+        asyncio.get_running_loop().set_default_executor(Meddling(2))
+    else:
+
+        async def when_it_works() -> None:
+            await asyncio.sleep(0.05)
+            await cancel_hops()
+
+        cancelling = asyncio.ensure_future(when_it_works())
+    assert await start(server.url) == ACTION_ID
+    assert server.count("POST") == 2
+    if cancelling is not None:
+        cancelling.cancel()
+    assert room_is_free()
+
+
 # --- event loops ------------------------------------------------------------------------------------------------------
 
 
@@ -835,6 +907,44 @@ def test_32_event_loops_in_32_threads_all_get_results(pace: Pace) -> None:
     assert room_is_free()
 
 
+async def test_what_a_loop_fails_to_watch_it_watches_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a loop can watch a socket one way only (a full epoll, say), nothing stays registered."""
+    loop = asyncio.get_running_loop()
+
+    def fail(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(loop, "add_writer", fail)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        with pytest.raises(OSError, match="No space"):
+            await hops.Hops(1.0).until_ready(ours, events=hops.READ + hops.WRITE)
+        assert not loop.remove_reader(ours)
+
+
+def test_nobody_waits_behind_a_loop_that_was_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room is not given to a request whose loop was closed over it, although its task is still there."""
+    monkeypatch.setattr(pool, "MAX_CONNECTIONS", 1)
+    shared = pool.shared_pool()
+    closed = asyncio.new_event_loop()
+    closed.run_until_complete(shared.enter())
+    forgotten = closed.create_task(shared.enter())
+    closed.run_until_complete(asyncio.sleep(0))
+    closed.close()
+
+    async def wait_behind() -> None:
+        waiting = asyncio.ensure_future(shared.enter())
+        await asyncio.sleep(0)
+        shared.leave()
+        await asyncio.wait_for(waiting, PROMPT)
+        shared.leave()
+
+    asyncio.run(wait_behind())
+    assert shared.rooms_taken == 0
+    assert not forgotten.done()
+    forgotten._log_destroy_pending = False  # type: ignore[attr-defined]  # its loop cannot end it any more
+
+
 async def test_idle_connections_close_by_themselves(
     server: Server, pace: Pace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -904,6 +1014,54 @@ async def test_what_a_proxy_says_about_its_refusal_is_not_shown(
             await start("https://platform.test")
         assert_no_token(caught.value, "hunter2", "dXNlcjpodW50ZXIy", "\x1b")
         assert not caught.value.may_have_started
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+@pytest.mark.parametrize(
+    "proxy",
+    [
+        "http://proxy.test:99999",
+        "proxy.test:99999",
+        "http://proxy.test:abc",
+        "http://proxy.test:-1",
+        "http://a..b:3128",
+        "http://:3128",
+        "http://[::1:3128",
+        f"http://{'x' * 70}:3128",
+    ],
+)
+async def test_a_proxy_that_cannot_be_one_is_named_by_its_variable(
+    scheme: str, proxy: str, pace: Pace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A port or a host that cannot be is a mistake in a variable, which the error names."""
+    variable = f"{scheme.upper()}_PROXY"
+    monkeypatch.setenv(variable, proxy)
+    with pytest.raises(HttpClientError, match=f"{variable} is not a URL like") as caught:
+        await start(f"{scheme}://platform.test")
+    assert not caught.value.may_have_started
+
+
+async def test_a_proxy_cannot_forge_a_reply(pace: Pace, tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a proxy sends behind its reply to CONNECT is not read as what the platform says within TLS."""
+
+    def forge(wire: Wire) -> bool:
+        with socket.create_connection(("127.0.0.1", platform.port)) as upstream:
+            wire.send(b"HTTP/1.1 200 OK\r\n\r\n" + http_reply(200, {"id": "forged"}))
+            upstream.settimeout(5.0)
+            wire.socket.settimeout(5.0)
+            with contextlib.suppress(OSError):
+                upstream.sendall(wire.socket.recv(65536))
+                wire.send(upstream.recv(65536))
+                upstream.sendall(wire.socket.recv(65536))
+        return False
+
+    with Server(tls) as platform, Server() as proxy:
+        proxy.always("CONNECT", forge)
+        monkeypatch.setenv("HTTPS_PROXY", proxy.url)
+        with pytest.raises(HttpClientError, match="the proxy sent more than its reply to CONNECT") as caught:
+            await start("https://platform.test")
+        assert not caught.value.may_have_started
+        assert platform.requests == []
 
 
 @pytest.mark.parametrize("before", ["", "*"])
@@ -990,7 +1148,7 @@ def read_in_pieces(pieces: list[bytes]) -> Reply:
     ours, theirs = socket.socketpair()
     with ours, theirs:
         ours.setblocking(False)
-        connection = connections.Connection(ours, connections.Route(is_tls=False, host="platform.test"))
+        connection = connections.Connection(ours, connections.Route(is_tls=False, authority="platform.test"))
         reader = messages.ReplyReader(connection, "POST")
         for piece in pieces[:-1]:
             theirs.sendall(piece)
@@ -1010,6 +1168,36 @@ def test_a_reply_may_be_cut_anywhere(data: bytes) -> None:
     for cut in range(1, len(data)):
         assert read_in_pieces([data[:cut], data[cut:]]) == whole
     assert read_in_pieces([bytes([byte]) for byte in data]) == whole
+
+
+class Searched(bytearray):
+    """Bytes that count how many of them are searched."""
+
+    searched = 0
+
+    def find(self, sub: Any, start: Any = 0, end: Any = None) -> int:
+        found = super().find(sub, start, len(self) if end is None else end)
+        self.searched += (len(self) if found < 0 else found) - start
+        return found
+
+
+def test_a_body_in_many_chunks_is_searched_once() -> None:
+    """The end of a chunked body is looked for in what is new, however many pieces it comes in."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        ours.setblocking(False)
+        connection = connections.Connection(ours, connections.Route(is_tls=False, authority="platform.test"))
+        connection.incoming = incoming = Searched()
+        reader = messages.ReplyReader(connection, "GET")
+        body = b'{"id": "' + b"x" * 1_000_000 + b'"}'
+        theirs.sendall(CHUNKED)
+        for start in range(0, len(body), 10_000):
+            piece = body[start : start + 10_000]
+            theirs.sendall(b"%x\r\n%s\r\n" % (len(piece), piece))
+            assert reader.proceed() is reader
+        assert incoming.searched < 10 * len(body)
+        theirs.sendall(b"0\r\n\r\n")
+        assert isinstance(reader.proceed(), Reply)
 
 
 # --- mistakes of this package -----------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ import itertools
 import os
 import socket
 import ssl
+import time
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any, Iterator
@@ -27,7 +28,8 @@ from typing import Any, Iterator
 from .hops import READ, WRITE, Hops, is_ready
 
 CONNECT_TIMEOUT = 10.0
-"""Seconds for TCP to connect to any of a host's addresses, so that a start has time for its other tries."""
+"""Seconds for TCP to connect to any of a host's addresses, from the first one on. Linux itself would try for two
+minutes, and a start has 30 seconds for each of its tries."""
 
 ATTEMPT_DELAY = 0.25
 """Seconds from one address to the next while none has answered (RFC 8305, 5: the Connection Attempt Delay)."""
@@ -65,17 +67,17 @@ class Route:
 
     is_tls: bool
     """Whether the platform is spoken to in TLS."""
-    host: str
-    """Where to connect to, as in a URL: the platform, or a proxy."""
+    authority: str
+    """Where to connect to, a host and perhaps a port as in a URL (RFC 3986, 3.2): the platform's, or a proxy's."""
     tunnel_to: str | None = None
-    """The platform, if ``host`` is a proxy that is to connect to it; then TLS begins behind the tunnel."""
+    """The platform's authority, if a proxy is to connect to it; then TLS begins behind the tunnel."""
     proxy_authorization: str | None = field(default=None, repr=False)
     """What the proxy is told with CONNECT."""
 
     @property
     def platform(self) -> str:
-        """The host at the far end, or the proxy that speaks for it in plain HTTP."""
-        return self.tunnel_to or self.host
+        """The authority at the far end, or that of the proxy that speaks for it in plain HTTP."""
+        return self.tunnel_to or self.authority
 
 
 class Connection:
@@ -87,7 +89,7 @@ class Connection:
         self.incoming: bytearray = bytearray()
         """What has come and was not read yet."""
         self.sent: int = 0
-        """Bytes that the socket has taken, handshakes included."""
+        """Bytes that the socket has taken; who begins a request sets it to 0, for a handshake sends some, too."""
         self.has_ended: bool = False
         """Whether the peer sends no more."""
         self.failure: OSError | None = None
@@ -174,7 +176,8 @@ class Connection:
 
     async def _receive_handshake(self, hops: Hops) -> None:
         while True:
-            await self.until_ready(hops)
+            if not await self.until_ready(hops):
+                raise TimeoutError("timed out")
             self.flush()
             if self.failure is not None:
                 raise self.failure
@@ -183,10 +186,9 @@ class Connection:
                 self._feed(data)
                 return
 
-    async def until_ready(self, hops: Hops) -> None:
-        """Wait until something has come or, if something is left, more can be sent; TimeoutError at the deadline."""
-        if not await hops.until_ready(self.sock, events=READ + (WRITE if self.has_unsent else 0)):
-            raise TimeoutError("timed out")
+    async def until_ready(self, hops: Hops) -> bool:
+        """Wait until something has come or, if something is left, more can be sent; False at the deadline."""
+        return await hops.until_ready(self.sock, events=READ + (WRITE if self.has_unsent else 0))
 
     def _encrypt(self) -> None:
         assert self._tls is not None
@@ -233,7 +235,7 @@ class Connection:
 
 async def dial(route: Route, hops: Hops) -> Connection:
     """Look the host up and connect to the first of its addresses that answers; raises OSError."""
-    host, port = host_and_port(route.host, 443 if route.is_tls and not route.tunnel_to else 80)
+    host, port = host_and_port(route.authority, 443 if route.is_tls and not route.tunnel_to else 80)
     lookup = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
     addresses = await hops.run(lookup, may_hang=True)
     return Connection(await _connect(deque(_interleaved(addresses)), hops), route)
@@ -251,7 +253,7 @@ def _interleaved(addresses: list[Any]) -> Iterator[Any]:
 async def _connect(addresses: deque[Any], hops: Hops) -> socket.socket:
     """Try an address after the other, without waiting long for one before the next is begun (RFC 8305, 5)."""
     failure: OSError = OSError("no address found")
-    give_up_in = hops.remaining() - CONNECT_TIMEOUT  # what remains of the deadline by then
+    give_up_at = time.monotonic() + CONNECT_TIMEOUT
     trying: list[socket.socket] = []
     try:
         while addresses or trying:
@@ -263,8 +265,11 @@ async def _connect(addresses: deque[Any], hops: Hops) -> socket.socket:
                         raise
                     failure = exc
                     continue
-            seconds = ATTEMPT_DELAY if addresses else hops.remaining() - give_up_in
-            if not await hops.until_ready(*trying, events=WRITE, seconds=seconds) and not addresses:
+            seconds = give_up_at - time.monotonic()
+            is_last_wait = not addresses or seconds <= ATTEMPT_DELAY
+            if not is_last_wait:
+                seconds = ATTEMPT_DELAY
+            if not await hops.until_ready(*trying, events=WRITE, seconds=seconds) and is_last_wait:
                 raise TimeoutError("timed out")
             for sock in [sock for sock in trying if is_ready([sock], WRITE)]:
                 trying.remove(sock)

@@ -22,7 +22,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from .connections import OUT_OF_DESCRIPTORS, Connection, PeerError, Route, dial
-from .hops import Hops
+from .hops import Hops, NoThreadError
 from .models import is_this_machine
 from .pool import Pool, shared_pool
 from .redaction import Redactor, one_line
@@ -59,26 +59,22 @@ async def exchange(
     await pool.enter()
     hops = Hops(timeout)
     route = connection = reply = None
-    sent_before = 0
     try:
         route = await _find_route(config.base_url, pool, hops)
         connection = pool.take(route, for_start=request.method == "POST")
         if connection is None:
             connection = await _connect(route, pool, hops)
-        sent_before = connection.sent
+        connection.sent = 0  # what leaves from now on is the request
         outcome = await hops.run(functools.partial(_open, connection, config, request, user_agent))
-        while not isinstance(outcome, Reply):
-            await connection.until_ready(hops)
-            outcome = await hops.run(outcome.proceed, or_here=True)
-        reply = outcome
+        reply = await _whole_reply(outcome, connection, hops)
         return reply
     except OSError as exc:
-        was_sent = connection is not None and connection.sent > sent_before
+        was_sent = connection is not None and connection.sent > 0
         return _failure(exc, config, route, hops, pool, was_sent=was_sent)
     finally:
-        is_at_rest = hops.at_rest(functools.partial(pool.leave, connection, may_keep=reply is not None))
+        is_at_rest = hops.when_at_rest(functools.partial(pool.leave, connection, may_keep=reply is not None))
         # A hop that still runs may be about to send.
-        progress.sent = connection is not None and (connection.sent > sent_before or not is_at_rest)
+        progress.sent = connection is not None and (connection.sent > 0 or not is_at_rest)
 
 
 def _open(connection: Connection, config: SdkConfig, request: Request, user_agent: str) -> Reply | ReplyReader:
@@ -100,6 +96,18 @@ def _open(connection: Connection, config: SdkConfig, request: Request, user_agen
         raise
 
 
+async def _whole_reply(outcome: Reply | ReplyReader, connection: Connection, hops: Hops) -> Reply:
+    """Wait for what has not come yet of a reply, and have it read, until it is whole."""
+    while not isinstance(outcome, Reply):
+        is_in_time = await connection.until_ready(hops)
+        read = functools.partial(outcome.proceed, is_last=not is_in_time)
+        try:
+            outcome = await hops.run(read)
+        except NoThreadError:
+            outcome = read()  # in the loop: a moment of it is worth less than a reply that has come
+    return outcome
+
+
 # --- the way to the platform ------------------------------------------------------------------------------------------
 
 
@@ -111,12 +119,12 @@ async def _find_route(base_url: str, pool: Pool, hops: Hops) -> Route:
     origin = base_url.split("/")[2]
     if _may_have_proxy():
         route = await hops.run(functools.partial(_ask_for_route, base_url))
-        if route.host != origin and is_this_machine(base_url):
+        if route.authority != origin and is_this_machine(base_url):
             logger.warning(
                 "%s is this machine, but the proxy %s is asked for it, and sees the token and the data: "
                 "set NO_PROXY=localhost,127.0.0.1",
                 base_url,
-                route.host,
+                route.authority,
             )
     else:
         route = Route(base_url.startswith("https:"), origin)
@@ -160,11 +168,12 @@ async def _connect(route: Route, pool: Pool, hops: Hops) -> Connection:
         if route.tunnel_to:
             await _dig_tunnel(connection, hops)
         if route.is_tls:
-            if not pool.has_tls_context:
-                await hops.run(pool.tls_context)
-            await connection.start_tls(pool.tls_context(), hops)
+            context = pool.tls_context_at_hand
+            if context is None:
+                context = await hops.run(pool.tls_context)
+            await connection.start_tls(context, hops)
     except BaseException:
-        hops.at_rest(functools.partial(pool.discard, connection))
+        hops.when_at_rest(functools.partial(pool.discard, connection))
         raise
     return connection
 
@@ -178,13 +187,11 @@ async def _dig_tunnel(connection: Connection, hops: Hops) -> None:
         connection.send(connect_request(connection.route))
         return ReplyReader(connection, "CONNECT").proceed()
 
-    outcome = await hops.run(ask)
-    while not isinstance(outcome, Reply):
-        await connection.until_ready(hops)
-        outcome = await hops.run(outcome.proceed)
-    status = outcome.status_code
-    if not 200 <= status < 300:
-        raise TunnelError(status)
+    reply = await _whole_reply(await hops.run(ask), connection, hops)
+    if not 200 <= reply.status_code < 300:
+        raise TunnelError(reply.status_code)
+    if connection.incoming:  # in TLS it would look as if the platform had said it
+        raise PeerError("the proxy sent more than its reply to CONNECT")
 
 
 class TunnelError(PeerError):
@@ -210,7 +217,7 @@ def _failure(
     origin = config.base_url.split("/")[2]
     if isinstance(exc, ssl.SSLCertVerificationError):
         pool.forget_tls_context()
-    where = origin if route is None or route.host == origin else f"{origin} through the proxy {route.host}"
+    where = origin if route is None or route.authority == origin else f"{origin} through the proxy {route.authority}"
     what = str(exc)
     if isinstance(exc, PeerError):  # or else it is in the system's words, and the system may be out of everything
         secrets = [config.auth_token]
@@ -225,25 +232,23 @@ def _failure(
             f"; it waited {hops.queued:.1f} s for a thread: "
             "give the loop more with loop.set_default_executor(ThreadPoolExecutor(64))"
         )
-    exc.__context__ = None
-    # Frames hold the token, and a PeerError's text may quote it.
-    cause = None if isinstance(exc, PeerError) else exc.with_traceback(None)
+    exc.__context__ = exc.__traceback__ = None  # frames hold the token
+    cause = None if isinstance(exc, PeerError) else exc  # whose text may quote the token
     return Failure(message, was_sent, may_retry, cause)
 
 
 def _advice(exc: OSError, route: Route | None, origin: str) -> tuple[str, bool]:
     """Say what a person should do about a connection that could not be made, and whether trying again may help."""
-    host = origin
     if isinstance(exc, ssl.SSLCertVerificationError):
-        return _certificate_advice(exc, host), False
-    if isinstance(exc, ssl.SSLError) and not isinstance(exc, (ssl.SSLEOFError, ssl.SSLZeroReturnError)):
+        return _certificate_advice(exc, origin), False
+    if isinstance(exc, ssl.SSLError) and exc.reason in NO_COMMON_TLS:
         return "; does it speak TLS 1.2 or later there?", False
     if isinstance(exc, TunnelError):
-        return _tunnel_advice(exc.status, host), exc.may_retry
+        return _tunnel_advice(exc.status, origin), exc.may_retry
     if isinstance(exc, PeerError):
         return "", exc.may_retry
     if isinstance(exc, ConnectionRefusedError):
-        what = "the proxy" if route is not None and route.host != origin else "the platform"
+        what = "the proxy" if route is not None and route.authority != origin else "the platform"
         return f"; nothing listens there: check the address of {what}, or whether it is up", True
     return "", True
 
@@ -259,6 +264,25 @@ def _certificate_advice(exc: ssl.SSLCertVerificationError, host: str) -> str:
         return "; check this machine's clock, or have the platform's certificate renewed"
     return "; if its CA is private, set SSL_CERT_FILE to the CA's PEM file"
 
+
+NO_COMMON_TLS = frozenset(
+    {
+        # The peer's alerts (RFC 8446, 6.2), of which others may be about a passing trouble, ...
+        "SSLV3_ALERT_HANDSHAKE_FAILURE",
+        "TLSV1_ALERT_INSUFFICIENT_SECURITY",
+        "TLSV1_ALERT_PROTOCOL_VERSION",
+        # ... what it offers, ...
+        "NO_PROTOCOLS_AVAILABLE",
+        "UNKNOWN_PROTOCOL",
+        "UNSUPPORTED_PROTOCOL",
+        # ... and what is no TLS at all; its name depends on the version of OpenSSL.
+        "PACKET_LENGTH_TOO_LONG",
+        "RECORD_LAYER_FAILURE",
+        "UNEXPECTED_MESSAGE",
+        "WRONG_VERSION_NUMBER",
+    }
+)
+"""OpenSSL's reasons why a handshake fails that fails for good: the two sides have no version of TLS in common."""
 
 DATES = (9, 10)
 """OpenSSL's X509_V_ERR_CERT_NOT_YET_VALID and X509_V_ERR_CERT_HAS_EXPIRED."""

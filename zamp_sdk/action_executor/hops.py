@@ -2,15 +2,17 @@
 
 The event loop owns a request from its beginning to its end. It leaves the loop only for *hops*: a hop is a function
 that ``asyncio.to_thread`` runs in a thread of the loop's default executor, one at a time for each request. A hop works
-and never waits for a peer, so it lasts milliseconds, and nobody ever has to wake one. What has to be waited for is
-waited for in the loop, which costs no thread.
+and never waits for a peer (2 ms for a quick reply aside), so it is done within milliseconds (a reply of many megabytes
+takes some hundred), and nobody ever has to wake one. What has to be waited for is waited for in the loop, which costs
+no thread; only on loops that watch no sockets (Windows' proactor) do threads wait, a tenth of a second at a time.
 
 Each request has one deadline, and every wait here takes what remains of it. None of them gives up without a last look:
 a loop that was blocked, or a process that was stopped, still finds the reply that came meanwhile.
 
-A hop that has begun cannot be stopped: where its task is cancelled, or its loop ends, it goes on for its milliseconds,
-and what it works on must not be closed under it. So each hop has a *ticket*, a ``concurrent.futures.Future``. A ticket
-that is cancelled before its hop begins makes sure that it never does, and ``at_rest`` calls back when it has ended.
+A hop that has begun cannot be stopped: where its task is cancelled, or its loop ends, it goes on to its end, and what
+it works on must not be closed under it. So each hop has a *ticket*, a ``concurrent.futures.Future``. A ticket that is
+cancelled before its hop begins makes sure that it never does; one whose hop has begun tells, alone, what became of it,
+whatever is done to the task and the executor meanwhile; and ``when_at_rest`` calls back when it has ended.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import math
 import select
 import socket
 import time
-from typing import Callable, Iterable, TypeVar
+from typing import Any, Callable, Iterable, TypeVar
 
 T = TypeVar("T")
 
@@ -34,7 +36,7 @@ SLICE = 0.1
 
 
 class NoThreadError(OSError):
-    """No thread can be had: the function was not run, and never will be."""
+    """No thread took the function, so it was not run, and never will be."""
 
 
 class Hops:
@@ -44,62 +46,59 @@ class Hops:
         self.deadline: float = time.monotonic() + timeout
         self.queued: float = 0.0
         """Seconds spent waiting for a thread, in sum."""
-        self._ticket: concurrent.futures.Future[None] | None = None
+        self._ticket: concurrent.futures.Future[Any] | None = None
 
     def remaining(self) -> float:
         """Return the seconds until the deadline; 0 after it."""
         return max(0.0, self.deadline - time.monotonic())
 
-    async def run(self, function: Callable[[], T], *, may_hang: bool = False, or_here: bool = False) -> T:
+    async def run(self, function: Callable[[], T], *, may_hang: bool = False) -> T:
         """Run a function in a thread, and return what it returns or raise what it raises.
 
         Args:
             function: The work.
             may_hang: It may never end, but works on nothing that has to be closed (a name lookup), so it is left to
                 itself at the deadline. Any other function that has begun is waited for.
-            or_here: Where no thread takes it in time, run it in the loop: a moment of the loop is worth less than a
-                reply that has come.
 
         Raises:
-            NoThreadError: The executor takes no more work, or threw this away.
-            TimeoutError: No thread took it before the deadline, or it hangs.
+            NoThreadError: No thread took it before the deadline, the executor takes no more work, or it threw this
+                away.
+            TimeoutError: It hangs.
         """
-        ticket: concurrent.futures.Future[None] = concurrent.futures.Future()
+        ticket: concurrent.futures.Future[T] = concurrent.futures.Future()
         if not may_hang:
             self._ticket = ticket
         queued_at = time.monotonic()
 
-        def hop() -> T:
+        def hop() -> None:
             if not ticket.set_running_or_notify_cancel():
-                raise NoThreadError("given up before it began")  # to nobody: the one who gave it up has gone
+                return  # given up before it began
             self.queued += time.monotonic() - queued_at
             try:
-                return function()
-            finally:
-                ticket.set_result(None)
+                result = function()
+            except BaseException as exc:
+                ticket.set_exception(exc)
+            else:
+                ticket.set_result(result)
 
         task = asyncio.ensure_future(asyncio.to_thread(hop))
         try:
             # Not `await task`: asyncio.wait raises only if the caller is cancelled, not if the executor drops the task.
             await asyncio.wait({task}, timeout=self.remaining())
-            if not ticket.cancel():  # it has begun
-                if not may_hang:
-                    await asyncio.wait({task})
-                if task.done():
-                    return task.result()
-                raise TimeoutError("timed out")
-            self.queued += time.monotonic() - queued_at
-            if or_here:
-                return function()
-            if not task.done():
-                raise TimeoutError("timed out")
-            reason = "the event loop's executor was shut down" if task.cancelled() else task.exception()
-            raise NoThreadError(f"no thread to send it from: {reason}")
+            why_not = _why_not_run(task)
+            if ticket.cancel():
+                self.queued += time.monotonic() - queued_at
+                raise NoThreadError(why_not)
+            if not ticket.done():
+                await _until_done(ticket, self.remaining() if may_hang else None)
+                if not ticket.done():
+                    raise TimeoutError("timed out")
+            return ticket.result()
         finally:
             ticket.cancel()
             task.cancel()
 
-    def at_rest(self, callback: Callable[[], object]) -> bool:
+    def when_at_rest(self, callback: Callable[[], object]) -> bool:
         """Call back when no hop works any more, not counting one that may hang.
 
         Returns:
@@ -129,24 +128,22 @@ class Hops:
             if not ready.done():  # a watcher calls again and again, until it is removed
                 ready.set_result(None)
 
+        timer = loop.call_later(min(seconds, self.remaining()), wake)
+        unwatch: list[Callable[[], object]] = [timer.cancel]
         try:
             for fileno in filenos:
                 if events & READ:
                     loop.add_reader(fileno, wake)
+                    unwatch.append(functools.partial(loop.remove_reader, fileno))
                 if events & WRITE:
                     loop.add_writer(fileno, wake)
+                    unwatch.append(functools.partial(loop.remove_writer, fileno))
+            await ready
         except NotImplementedError:  # Windows' proactor loop watches no sockets
             return await self._until_ready_in_threads(sockets, events, seconds)
-        timer = loop.call_later(min(seconds, self.remaining()), wake)
-        try:
-            await ready
         finally:
-            timer.cancel()
-            for fileno in filenos:
-                if events & READ:
-                    loop.remove_reader(fileno)
-                if events & WRITE:
-                    loop.remove_writer(fileno)
+            for undo in unwatch:
+                undo()
         return is_ready(sockets, events)
 
     async def _until_ready_in_threads(self, sockets: Iterable[socket.socket], events: int, seconds: float) -> bool:
@@ -157,6 +154,23 @@ class Hops:
             if await self.run(functools.partial(is_ready, sockets, events, wait)):
                 return True
         return is_ready(sockets, events)
+
+
+async def _until_done(ticket: concurrent.futures.Future[Any], timeout: float | None) -> None:
+    outcome = asyncio.wrap_future(ticket)
+    try:
+        await asyncio.wait({outcome}, timeout=timeout)
+    finally:
+        if not outcome.cancel():  # which a ticket whose hop has begun does not notice
+            outcome.exception()  # or else asyncio logs that nobody has asked for it
+
+
+def _why_not_run(task: asyncio.Task[None]) -> str:
+    """Say why the executor has not run what this task gave it, if it has not; asyncio logs what nobody asks for."""
+    if not task.done():
+        return "timed out"
+    reason = "the event loop's executor was shut down" if task.cancelled() else task.exception()
+    return f"no thread to send it from: {reason}"
 
 
 def is_ready(sockets: Iterable[socket.socket], events: int, seconds: float = 0.0) -> bool:

@@ -5,9 +5,11 @@
 head and body are queued there and leave together. If the reply comes within 2 ms it is returned at once, which saves
 the event loop a wait and a second hop; otherwise ``open`` returns a stand-in for a response, and the event loop waits.
 
-*Reading.* ``http.client.HTTPResponse`` reads from what has come so far. Where that runs dry, an ``IncompleteError``
+*Reading.* ``http.client.HTTPResponse`` reads from what has come so far. Where that runs dry, a ``NeedsMoreError``
 leaves it and says how many bytes it takes to get further; the event loop waits for more, and reading begins again from
-the first byte. That costs little: a reply mostly comes in one piece.
+the first byte. A reply mostly comes in one piece, so that costs little; and where it comes in many, it is read only
+when it may be whole: when as many bytes are there as its head has promised, or when the blank line has come that ends a
+head or a chunked body.
 
 The opener is made by hand: the default one opens ``file:`` URLs and follows redirects with the token.
 """
@@ -19,7 +21,7 @@ import http.client
 import urllib.request
 from typing import Any, Mapping
 
-from .connections import Connection, PeerError, Route
+from .connections import Connection, PeerError, Route, host_and_port
 from .hops import READ, is_ready
 from .wire import Reply, Request, read_reply
 
@@ -31,12 +33,20 @@ MAX_REPLY = 64 * 1024 * 1024
 
 TOO_LARGE = f"the reply is over {MAX_REPLY // 1024**2} MiB"
 
+MAX_CHUNKS = 65_536
+"""Chunks of a reply, and lines of its trailer: in chunks of 1 KiB it may be as large as any. Reading so many takes
+some tenths of a second."""
+
 MAX_HEAD = 256 * 1024
 """Bytes of a reply's status line and headers, folded lines and informational replies before it included; http.client
 itself counts lines, up to 100."""
 
 
-class IncompleteError(Exception):
+VERSION = b"HTTP/"
+"""How every reply begins (RFC 9112, 4)."""
+
+
+class NeedsMoreError(Exception):
     """The reply goes on beyond what has come: reading is worth a try again when ``needed`` bytes are there."""
 
     def __init__(self, needed: int) -> None:
@@ -74,10 +84,14 @@ class _ProxyHandler(urllib.request.ProxyHandler):
                 f"{variable} names a {scheme}:// proxy, and only http:// proxies can be used", may_retry=False
             )
         try:
-            return super().proxy_open(req, proxy, type)
-        except ValueError:
+            outcome = super().proxy_open(req, proxy, type)
+            host, _ = host_and_port(req.host)  # what dialing will do with it
+            if not host.encode("idna"):
+                raise ValueError("no host")
+        except ValueError:  # which a UnicodeError is
             message = f"{variable} is not a URL like http://proxy.example:3128"
             raise PeerError(message, may_retry=False) from None
+        return outcome
 
 
 @functools.cache
@@ -125,7 +139,7 @@ class _HTTPConnection(http.client.HTTPConnection):
         super().__init__(host)
         self._reader = reader
         self._connection = reader.connection
-        if host != self._connection.route.host:
+        if host != self._connection.route.authority:
             raise RouteChangedError("the proxy settings have just changed")
 
     def set_tunnel(self, host: str, port: int | None = None, headers: Mapping[str, str] | None = None) -> None:
@@ -197,31 +211,38 @@ class ReplyReader:
         """The whole reply, once it is there."""
         self._method = method
         self._needed = 0  # bytes without which reading again would end where it ended the last time
-        self._searched = 0  # bytes of a chunked body in which its end was looked for
+        self._searched = 0  # bytes in which the blank line that ends a chunked body was looked for
 
-    def proceed(self) -> Reply | ReplyReader:
+    def proceed(self, *, is_last: bool = False) -> Reply | ReplyReader:
         """Send more, receive more, and return the reply if it is whole now, or else this reader.
 
         A reply may come before the whole request has left: a refusal of a body that is too large. It counts, and ends
         the request.
 
+        Args:
+            is_last: There is no time for more: a refusal counts with as much of its body as has come.
+
         Raises:
             PeerError: What came is no reply.
             OSError: The connection broke before the reply was whole.
+            TimeoutError: It is not whole, and this is the last look.
         """
         connection = self.connection
         connection.flush()
         connection.receive()
-        is_open = not (connection.has_ended or connection.failure)
-        if is_open and len(connection.incoming) < self._needed:
+        may_end_here = is_last or connection.has_ended or connection.failure is not None
+        if not may_end_here and len(connection.incoming) < self._needed:
             return self
         if len(connection.incoming) > MAX_REPLY + MAX_HEAD:
             raise PeerError(TOO_LARGE, may_retry=False)
         try:
-            source = _Source(connection)
+            source = _Source(connection, is_last=is_last)
             self.response = self._begin(source)
             self.reply = self._finish(self.response, source)
-        except IncompleteError as exc:
+            connection.is_reusable = connection.is_reusable and not is_last  # the rest may come yet
+        except NeedsMoreError as exc:
+            if is_last:
+                raise TimeoutError("timed out") from None
             self._needed = exc.needed
             return self
         except http.client.HTTPException as exc:
@@ -230,6 +251,9 @@ class ReplyReader:
 
     def _begin(self, source: _Source) -> http.client.HTTPResponse:
         """Read the status and the headers; informational replies are passed over (RFC 9110, 15.2)."""
+        begin = bytes(self.connection.incoming[: len(VERSION)])
+        if not VERSION.startswith(begin):  # whoever speaks another protocol may wait for an answer now
+            raise http.client.BadStatusLine(str(self.connection.incoming[:100].partition(b"\n")[0], "latin-1"))
         if len(self.connection.incoming) <= MAX_HEAD:  # or else it must be there
             source.expect_blank_line(0)
         while True:
@@ -243,14 +267,15 @@ class ReplyReader:
         """Read the body; of a refusal as much as comes, for a peer may hang up before it has read the request."""
         connection = self.connection
         source.is_lenient = response.status >= 300
-        if self._method == "CONNECT" and response.status < 300:
-            body = b""  # behind it the tunnel begins (RFC 9110, 9.3.6)
+        if self._method == "CONNECT":
+            body = b""  # behind it the tunnel begins (RFC 9110, 9.3.6), and a refusal is known by its status
         else:
             if response.length:
                 source.expect(response.length)  # http.client itself would read in steps
-            elif response.chunked:  # its end is a blank line
-                # A blank line may have come in part, so three bytes are searched again.
-                self._searched = source.expect_blank_line(max(self._searched - 3, source.position))
+            elif response.chunked:  # its end is a blank line, of which three bytes may have been there the last time
+                start = max(self._searched - 3, source.position)
+                self._searched = len(connection.incoming)
+                source.expect_blank_line(start)
             body = _read_body(response)
         headers = {name.lower(): " ".join(value.split()) for name, value in response.headers.raw_items()}
         del connection.incoming[: source.position]
@@ -263,20 +288,26 @@ class ReplyReader:
 class _Source:
     """What a connection has received, as the socket, and the file, that http.client reads a reply from."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, *, is_last: bool) -> None:
         self._received = connection.incoming
         self._has_ended = connection.has_ended
         self._failure = connection.failure
+        self._is_last = is_last
+        self._lines = 0  # of the body
         self.position = 0
         self.is_in_head = True
         """Whether what is read counts as status lines and headers."""
         self.is_lenient = False
-        """Whether a reply that breaks off is good as far as it goes."""
+        """Whether a reply that breaks off, or is late, is good as far as it goes."""
 
     def makefile(self, *_: Any) -> _Source:
         return self
 
     def readline(self, limit: int) -> bytes:
+        if not self.is_in_head:
+            self._lines += 1
+            if self._lines > MAX_CHUNKS:
+                raise PeerError(f"the reply has over {MAX_CHUNKS:,} chunks", may_retry=False)
         end = self._received.find(b"\n", self.position, self.position + limit) + 1
         if not end:
             if len(self._received) < self.position + limit:
@@ -305,11 +336,10 @@ class _Source:
         if self.position + size > len(self._received):
             self._run_dry(self.position + size)
 
-    def expect_blank_line(self, start: int) -> int:
-        """Run dry unless there is a blank line behind this position; return how much was searched."""
+    def expect_blank_line(self, start: int) -> None:
+        """Run dry unless there is a blank line behind this position."""
         if self._received.find(b"\n\r\n", start) < 0 and self._received.find(b"\n\n", start) < 0:
             self._run_dry(len(self._received) + 1)
-        return len(self._received)
 
     def _advance(self, end: int) -> bytes:
         if self.is_in_head and end > MAX_HEAD:
@@ -322,8 +352,8 @@ class _Source:
         """Leave the reading until so many bytes are there; or return, if no more will come."""
         if self._failure is not None and not self.is_lenient:
             raise self._failure
-        if self._failure is None and not self._has_ended:
-            raise IncompleteError(needed)
+        if self._failure is None and not self._has_ended and not (self._is_last and self.is_lenient):
+            raise NeedsMoreError(needed)
 
 
 def _read_body(response: http.client.HTTPResponse) -> bytes:

@@ -8,8 +8,9 @@ With room a request takes an idle connection of its route, or dials a new one. A
 and is kept only if nothing of its last reply is left over. Idle connections give way to new ones of other routes, close
 by themselves after ten seconds, and all at once where descriptors run out.
 
-The lock guards a few lines each time, and nobody waits for I/O while holding it. It is reentrant because the garbage
-collector may end a forgotten task, and so a lease, in the middle of these lines.
+The lock guards a few lines each time, and nobody waits for anything while holding it. It is reentrant because the
+garbage collector may end a forgotten task, and so a lease, in the middle of these lines. To read the trusted
+authorities takes longer, and has a lock of its own, which only threads wait for.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from concurrent.futures import Future
 from .connections import Connection, Route
 
 MAX_CONNECTIONS = 64
-"""Connections in the process, idle ones included: a quarter of the 256 descriptors that macOS gives by default."""
+"""Connections in the process, idle ones included: a quarter of the 256 descriptors that macOS gives by default. (While
+a host's addresses are tried side by side, one of them may have a few sockets.)"""
 
 MAX_IDLE = 10.0
 """Seconds after which an idle connection is closed: longer than most pauses between polls, and well under the 60 and 75
@@ -43,12 +45,13 @@ class Pool:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._line: deque[Future[None]] = deque()
+        self._line: deque[tuple[Future[None], asyncio.AbstractEventLoop]] = deque()  # whose turn, and who wakes it
         self._rooms_taken = 0
         self._leased: set[Connection] = set()
         self._idle: list[Connection] = []  # the longest idle first
         self._sweeping_loop: weakref.ref[asyncio.AbstractEventLoop] | None = None
         self._context: ssl.SSLContext | None = None
+        self._context_lock = threading.Lock()
 
     @property
     def rooms_taken(self) -> int:
@@ -67,7 +70,7 @@ class Pool:
                 self._rooms_taken += 1
                 return
             turn: Future[None] = Future()
-            self._line.append(turn)
+            self._line.append((turn, asyncio.get_running_loop()))
         try:
             await asyncio.wrap_future(turn)
         except BaseException:
@@ -87,8 +90,8 @@ class Pool:
             self._give_back(connection, may_keep=may_keep)
         with self._lock:
             while self._line:
-                turn = self._line.popleft()
-                if turn.set_running_or_notify_cancel():
+                turn, loop = self._line.popleft()
+                if not loop.is_closed() and turn.set_running_or_notify_cancel():
                     break
             else:
                 self._rooms_taken -= 1
@@ -113,12 +116,12 @@ class Pool:
         return None
 
     def add(self, connection: Connection) -> None:
-        """Count a new connection as leased."""
+        """Count a new connection as leased; it uses its request's room."""
         with self._lock:
             self._leased.add(connection)
 
     def discard(self, connection: Connection) -> None:
-        """Close a leased connection that did not come to a request."""
+        """Close a leased connection that did not come to a request; the room stays the request's."""
         with self._lock:
             self._leased.discard(connection)
         connection.close()
@@ -132,18 +135,20 @@ class Pool:
         return bool(idle)
 
     def tls_context(self) -> ssl.SSLContext:
-        """Return the one context for all connections: reading the trusted authorities takes 20 to 40 ms."""
-        with self._lock:
-            if self._context is None:
-                self._context = context = ssl.create_default_context()
+        """Return the one context for all connections; the first time this reads the authorities, for 20 to 40 ms."""
+        with self._context_lock:
+            context = self._context
+            if context is None:
+                context = ssl.create_default_context()
                 context.minimum_version = ssl.TLSVersion.TLSv1_2
                 context.hostname_checks_common_name = False
-            return self._context
+                self._context = context
+            return context
 
     @property
-    def has_tls_context(self) -> bool:
-        """Whether ``tls_context`` costs nothing."""
-        return self._context is not None
+    def tls_context_at_hand(self) -> ssl.SSLContext | None:
+        """What ``tls_context`` would return, if that is made already."""
+        return self._context
 
     def forget_tls_context(self) -> None:
         """Read the authorities anew next time: their file, or a descriptor for it, may have been missing."""
