@@ -11,6 +11,7 @@ from typing import Any, Callable
 
 import pytest
 
+from tests import cases
 from zamp_sdk import ActionFailedError, ActionTimeoutError, HttpClientError, RetryPolicy
 from zamp_sdk.action_executor import lifecycle, wire
 from zamp_sdk.action_executor.lifecycle import Send, Sleep, Steps
@@ -124,13 +125,13 @@ def test_start_is_retried_if_the_action_cannot_exist(answer: Answer) -> None:
         (UNTRUSTED, 1, False),
         (LOST, 1, True),
         (Failure("the reply is over 64 MiB", sent=True, retryable=False), 1, True),
-        *((reply(code), 1, True) for code in (100, 101, 301, 302, 303, 408, 425, 500, 501, 502, 503, 504)),
-        *((reply(code), 1, False) for code in (300, 304, 307, 308, 400, 401, 403, 404, 405, 407, 409, 413, 422)),
+        *((reply(code), 1, True) for code in (100, 101, *cases.MAY_PASS, *cases.ELSEWHERE)),
+        *((reply(code), 1, False) for code in cases.REFUSED),
         (reply(204, b""), 1, True),
         (reply(200, b"<html>"), 1, True),
         (reply(200, []), 1, True),
         (reply(200, {}), 1, True),
-        *((reply(200, {"id": action_id}), 1, True) for action_id in ("", None, 7, "..")),
+        *((reply(200, {"id": action_id}), 1, True) for action_id in cases.NO_IDS),
         (reply(200, {"data": None, "error": {"message": "quota exceeded"}}), 1, True),
     ],
 )
@@ -231,7 +232,7 @@ def test_retry_after_of_a_good_reply(told: str, slept: float) -> None:
 PASSING: list[Answer] = [
     UNSENT,
     LOST,
-    *(reply(code) for code in (100, 408, 425, 429, 500, 501, 502, 503, 504, 599)),
+    *(reply(code) for code in (100, 429, *cases.MAY_PASS)),
     reply(204, b""),
     reply(200, b'{"status": "RUNN'),
     reply(200, []),
@@ -242,7 +243,7 @@ PASSING: list[Answer] = [
 FINAL: list[Answer] = [
     UNTRUSTED,
     Failure("the reply is over 64 MiB", sent=True, retryable=False),
-    *(reply(code) for code in (301, 302, 303, 304, 307, 308, 400, 401, 403, 404, 405, 407, 409, 410, 413, 422)),
+    *(reply(code) for code in (*cases.ELSEWHERE, *cases.REFUSED)),
     reply(200, {"data": None, "error": {"message": "quota exceeded"}}),
 ]
 
@@ -480,14 +481,10 @@ def test_a_poll_that_names_another_action(action_id: Any) -> None:
     assert in_turn(other, COMPLETED).follow().result == 1
 
 
-@pytest.mark.parametrize(
-    "action_id", ["a/b", "a b", "a%b", "a\\b", "a?b", "a#b", "a\r\nb", "\x1b[31mred", " act-1", "\ud800"]
-)
+@pytest.mark.parametrize("action_id", cases.BAD_IDS)
 def test_an_id_that_get_handle_refuses(action_id: str) -> None:
     """What get_handle refuses is no id of a start either: it is shown on one printable line, and kept whole."""
-    with pytest.raises(ValueError, match="not an action id"):
-        wire.check_action_id(action_id)
-    with pytest.raises(HttpClientError, match="no usable id, but") as caught:
+    with pytest.raises(HttpClientError, match="no usable id") as caught:
         always(reply(200, {"id": action_id})).start()
     assert str(caught.value).isprintable()
     assert (caught.value.action_id, caught.value.may_have_started) == (None, True)
