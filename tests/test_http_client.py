@@ -730,11 +730,11 @@ async def test_cancelling_while_a_thread_is_at_work_closes_nothing_under_it(
     reading, release = threading.Event(), threading.Event()
     filenos: list[int] = []
 
-    def proceed(self: messages.ReplyReader) -> Any:
+    def proceed(self: messages.ReplyReader, **kwargs: Any) -> Any:
         reading.set()
         assert release.wait(10)
         filenos.append(self.connection.sock.fileno())
-        return really_proceed(self)
+        return really_proceed(self, **kwargs)
 
     with Server() as server:
         with monkeypatch.context() as patch:
