@@ -31,6 +31,8 @@ BAD_BASE_URLS = [
     "https://api.example.com:\uff18\uff10",
     "https://[::1",
     "https://[zz]",
+    "https://[fe80::1%12]",  # zones have no meaning beyond this machine, and urllib unquotes them
+    "https://[fe80::1%25eth0]",
     "https://[abc]",
     "https://[v1.x]",
     "https://a..b.example",

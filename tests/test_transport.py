@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import contextlib
 import errno
 import gzip
@@ -480,6 +481,37 @@ async def test_dead_addresses_cost_a_moment(dead: int, pace: Pace, monkeypatch: 
         assert (server.count("POST"), server.connections) == (1, 1)
 
 
+async def test_an_attempt_goes_on_where_there_is_no_socket_for_another(
+    pace: Pace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Descriptors that run out at the second address do not end the attempt at the first."""
+    monkeypatch.setattr(connections, "ATTEMPT_DELAY", 0.02)
+    really_begin = connections._begin_to_connect
+    begun: list[Any] = []
+
+    def begin(address: Any) -> socket.socket:
+        begun.append(address)
+        if len(begun) > 1:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return really_begin(address)
+
+    really_until_ready = hops.Hops.until_ready
+
+    async def until_ready(self: hops.Hops, *sockets: socket.socket, events: int, **kwargs: Any) -> bool:
+        if events == hops.WRITE and not begun[1:]:
+            return False  # the first one takes its time
+        return await really_until_ready(self, *sockets, events=events, **kwargs)
+
+    monkeypatch.setattr(connections, "_begin_to_connect", begin)
+    monkeypatch.setattr(hops.Hops, "until_ready", until_ready)
+    monkeypatch.setattr(
+        connections, "is_ready", lambda sockets, events: len(begun) > 1 and hops.is_ready(sockets, events)
+    )
+    with Server() as server:
+        resolve_to(monkeypatch, server.port, server.port)
+        assert await start("http://platform.test") == ACTION_ID
+
+
 async def test_a_slow_address_may_still_answer(pace: Pace, monkeypatch: pytest.MonkeyPatch) -> None:
     """The first address goes on being tried while later ones fail."""
     monkeypatch.setattr(connections, "ATTEMPT_DELAY", 0.05)
@@ -859,6 +891,26 @@ def test_a_loop_that_watches_no_sockets_cancels_soon(server: Server, pace: Pace)
     assert time.monotonic() - began < PROMPT
 
 
+def test_a_loop_that_watches_no_sockets_finds_a_late_reply(server: Server, pace: Pace) -> None:
+    """A reply that has come is read there, too, although every thread is busy until the deadline."""
+    server.always("POST", reply(200, {"id": ACTION_ID}, delay=0.3))
+    release = threading.Event()
+
+    async def main() -> str:
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        await start(server.url)  # imports
+        pace.hurry("POST", 1, 1.0)
+        task = asyncio.ensure_future(start(server.url))
+        await eventually(lambda: server.count("POST") == 2)
+        asyncio.get_running_loop().run_in_executor(None, release.wait, 10)
+        try:
+            return await task
+        finally:
+            release.set()
+
+    assert run_on(Watchless(), main()) == ACTION_ID
+
+
 def test_a_loop_that_watches_no_sockets_keeps_deadlines(server: Server, pace: Pace) -> None:
     """Where threads wait for the sockets, a request's time is over when it is over."""
     server.always("POST", silent)
@@ -920,6 +972,42 @@ async def test_what_a_loop_fails_to_watch_it_watches_no_longer(monkeypatch: pyte
         with pytest.raises(OSError, match="No space"):
             await hops.Hops(1.0).until_ready(ours, events=hops.READ + hops.WRITE)
         assert not loop.remove_reader(ours)
+
+
+def test_room_that_comes_free_while_a_request_joins_the_line_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The garbage collector may end forgotten requests at any moment, also between a look for room and the line."""
+    shared = pool.shared_pool()
+    monkeypatch.setattr(pool, "MAX_CONNECTIONS", 1)
+
+    def future() -> Any:
+        shared.leave()
+        return concurrent.futures.Future()
+
+    async def main() -> None:
+        await shared.enter()
+        with monkeypatch.context() as patch:
+            patch.setattr(pool, "Future", future)
+            await asyncio.wait_for(shared.enter(), PROMPT)
+        shared.leave()
+
+    asyncio.run(main())
+    assert room_is_free()
+
+
+async def test_a_socket_that_fails_to_close_keeps_no_room(pace: Pace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room comes back whatever happens to the connection."""
+
+    def fail(self: connections.Connection) -> None:
+        really_close(self)
+        raise OSError(errno.EIO, "Input/output error")
+
+    really_close = connections.Connection.close
+    monkeypatch.setattr(connections.Connection, "close", fail)
+    with Server() as server:
+        server.always("POST", reply(200, {"id": ACTION_ID}, {"Connection": "close"}))
+        with contextlib.suppress(OSError):
+            await start(server.url)
+    await eventually(room_is_free)
 
 
 def test_nobody_waits_behind_a_loop_that_was_closed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1039,6 +1127,45 @@ async def test_a_proxy_that_cannot_be_one_is_named_by_its_variable(
     with pytest.raises(HttpClientError, match=f"{variable} is not a URL like") as caught:
         await start(f"{scheme}://platform.test")
     assert not caught.value.may_have_started
+
+
+async def test_a_proxy_that_echoes_its_password_does_not_make_an_error_show_it(
+    pace: Pace, monkeypatch: pytest.MonkeyPatch, assert_no_token: CheckNoToken
+) -> None:
+    """In plain HTTP, too, where a proxy gets its credentials with each request."""
+    with Server() as proxy:
+        proxy.always("POST", raw(b"Proxy-Authorization: Basic dXNlcjpodW50ZXIy\r\n\r\n"))
+        monkeypatch.setenv("HTTP_PROXY", proxy.url.replace("://", "://user:hunter2@"))
+        with pytest.raises(HttpClientError, match=r"no reply from platform\.test") as caught:
+            await start("http://platform.test")
+        assert_no_token(caught.value, "hunter2", "dXNlcjpodW50ZXIy")
+
+
+@pytest.mark.parametrize("slow_call", [1, 2])
+async def test_slow_proxy_settings_keep_the_deadline(
+    slow_call: int, pace: Pace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the system's settings make urllib.request look names up, nothing is sent after the deadline."""
+    calls: list[str] = []
+    release = threading.Event()
+
+    def bypass(host: str) -> bool:
+        calls.append(host)
+        if len(calls) == slow_call:
+            release.wait(10.0 if slow_call == 1 else 1.0)
+        return True
+
+    monkeypatch.setattr(urllib.request, "proxy_bypass", bypass)
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy.test:3128")
+    with Server() as server:
+        send = http_client.send(SdkConfig(server.url, TOKEN), Request("GET", "/actions/a"), 0.3)
+        outcome = await asyncio.wait_for(send, PROMPT)
+        release.set()
+        assert isinstance(outcome, Failure)
+        assert "timed out" in outcome.message
+        assert not outcome.sent
+        await eventually(room_is_free)
+        assert server.requests == []
 
 
 async def test_a_proxy_cannot_forge_a_reply(pace: Pace, tls: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -1168,6 +1295,35 @@ def test_a_reply_may_be_cut_anywhere(data: bytes) -> None:
     for cut in range(1, len(data)):
         assert read_in_pieces([data[:cut], data[cut:]]) == whole
     assert read_in_pieces([bytes([byte]) for byte in data]) == whole
+
+
+async def test_what_cannot_be_sent_is_told_at_once(server: Server, pace: Pace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A send that fails, for want of buffers say, is not waited for as if a reply could come."""
+    assert await start(server.url) == ACTION_ID
+
+    class Full:
+        def __init__(self, sock: socket.socket) -> None:
+            self._sock = sock
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self._sock, name)
+
+        def send(self, data: Any) -> int:
+            raise OSError(errno.ENOBUFS, "No buffer space available")
+
+    really_open = messages.open_request
+
+    def open_request(connection: Any, *args: Any) -> Any:
+        connection.sock = Full(connection.sock)
+        return really_open(connection, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(messages, "open_request", open_request)
+        config = SdkConfig(server.url, TOKEN)
+        outcome = await asyncio.wait_for(http_client.send(config, Request("GET", "/actions/a"), 30.0), PROMPT)
+    assert isinstance(outcome, Failure)
+    assert not outcome.sent
+    assert "No buffer space" in outcome.message
 
 
 class Searched(bytearray):

@@ -72,11 +72,11 @@ class Route:
     tunnel_to: str | None = None
     """The platform's authority, if a proxy is to connect to it; then TLS begins behind the tunnel."""
     proxy_authorization: str | None = field(default=None, repr=False)
-    """What the proxy is told with CONNECT."""
+    """What the proxy is told: with CONNECT, or else with each request."""
 
     @property
     def platform(self) -> str:
-        """The authority at the far end, or that of the proxy that speaks for it in plain HTTP."""
+        """The platform's authority; only for TLS, for in plain HTTP a proxy is all that a connection knows."""
         return self.tunnel_to or self.authority
 
 
@@ -188,6 +188,8 @@ class Connection:
 
     async def until_ready(self, hops: Hops) -> bool:
         """Wait until something has come or, if something is left, more can be sent; False at the deadline."""
+        if self.failure is not None:
+            return True  # there is nothing to wait for
         return await hops.until_ready(self.sock, events=READ + (WRITE if self.has_unsent else 0))
 
     def _encrypt(self) -> None:
@@ -261,7 +263,7 @@ async def _connect(addresses: deque[Any], hops: Hops) -> socket.socket:
                 try:
                     trying.append(_begin_to_connect(addresses.popleft()))
                 except OSError as exc:
-                    if exc.errno in OUT_OF_DESCRIPTORS:
+                    if exc.errno in OUT_OF_DESCRIPTORS and not trying:
                         raise
                     failure = exc
                     continue

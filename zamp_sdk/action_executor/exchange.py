@@ -1,10 +1,10 @@
 """One request and its reply, from top to bottom. ``exchange`` is the story; the rest of the transport is its words.
 
-The event loop owns the request all the time. It waits in the pool's line for room, takes an idle connection or makes a
-new one (dial, CONNECT, TLS handshake), has a hop send the request, waits until something comes, and has a hop read it,
-until the reply is whole. Whatever ends it early (a deadline, a cancellation, Ctrl-C) passes through one ``finally``,
-which gives the connection back: at once, or when a hop that still works on it has ended. So nothing is ever closed
-under a thread, and no thread has to be woken.
+The event loop directs the request from beginning to end, and lends it to one hop at a time. It waits in the pool's
+line for room, takes an idle connection or makes a new one (dial, CONNECT, TLS handshake), has a hop send the request,
+waits until something comes, and has a hop read it, until the reply is whole. Whatever ends it early (a deadline, a
+cancellation, Ctrl-C) passes through one ``finally``, which gives the connection back: at once, or when a hop that still
+works on it has ended. So nothing is ever closed under a thread, and no thread has to be woken.
 
 What the network, a peer or this machine's limits can cause is an ``OSError`` (``PeerError`` and ``NoThreadError`` are,
 too) and becomes a ``Failure`` here, with advice. Everything else is a mistake of this package and surfaces as one.
@@ -53,7 +53,7 @@ async def exchange(
         request: What to send.
         user_agent: As what program.
         timeout: Seconds for all of it together; waiting in the pool's line does not count.
-        progress: Is told when a byte of the request may have left.
+        progress: Says afterwards, however this ends, whether a byte of the request may have left.
     """
     pool = shared_pool()
     await pool.enter()
@@ -65,7 +65,7 @@ async def exchange(
         if connection is None:
             connection = await _connect(route, pool, hops)
         connection.sent = 0  # what leaves from now on is the request
-        outcome = await hops.run(functools.partial(_open, connection, config, request, user_agent))
+        outcome = await hops.run(functools.partial(_open, connection, config, request, user_agent, hops))
         reply = await _whole_reply(outcome, connection, hops)
         return reply
     except OSError as exc:
@@ -77,7 +77,9 @@ async def exchange(
         progress.sent = connection is not None and (connection.sent > 0 or not is_at_rest)
 
 
-def _open(connection: Connection, config: SdkConfig, request: Request, user_agent: str) -> Reply | ReplyReader:
+def _open(
+    connection: Connection, config: SdkConfig, request: Request, user_agent: str, hops: Hops
+) -> Reply | ReplyReader:
     """In a hop: send the request. Only here is the token plain text, for as long as it takes to write it."""
     from .messages import RouteChangedError, forget_proxies, open_request
 
@@ -89,7 +91,7 @@ def _open(connection: Connection, config: SdkConfig, request: Request, user_agen
         "User-Agent": user_agent,
     }
     try:
-        return open_request(connection, config.base_url + request.path, request, headers)
+        return open_request(connection, config.base_url + request.path, request, headers, hops)
     except RouteChangedError:  # NO_PROXY, say: the next request asks for its way again
         _routes.clear()
         forget_proxies()
@@ -112,13 +114,13 @@ async def _whole_reply(outcome: Reply | ReplyReader, connection: Connection, hop
 
 
 async def _find_route(base_url: str, pool: Pool, hops: Hops) -> Route:
-    """Return which way urllib.request goes to a platform; asked once for each, and in a hop, which imports it."""
+    """Return the way to a platform, which is remembered; urllib.request is asked only where there may be a proxy."""
     route = _routes.get(base_url)
     if route is not None:
         return route
     origin = base_url.split("/")[2]
     if _may_have_proxy():
-        route = await hops.run(functools.partial(_ask_for_route, base_url))
+        route = await hops.run(functools.partial(_ask_for_route, base_url), may_hang=True)
         if route.authority != origin and is_this_machine(base_url):
             logger.warning(
                 "%s is this machine, but the proxy %s is asked for it, and sees the token and the data: "

@@ -151,8 +151,12 @@ class Hops:
         give_up_at = min(time.monotonic() + seconds, self.deadline)
         while time.monotonic() < give_up_at:
             wait = min(SLICE, max(0.0, give_up_at - time.monotonic()))
-            if await self.run(functools.partial(is_ready, sockets, events, wait)):
-                return True
+            try:
+                if await self.run(functools.partial(is_ready, sockets, events, wait)):
+                    return True
+            except NoThreadError:
+                if self.remaining():  # it was not for want of time
+                    raise
         return is_ready(sockets, events)
 
 

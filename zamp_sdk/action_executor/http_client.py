@@ -30,7 +30,7 @@ logger: logging.Logger = logging.getLogger("zamp_sdk")
 
 
 async def send(config: SdkConfig, request: Request, timeout: float, progress: Progress | None = None) -> Answer:
-    """Send a request; ``timeout`` is in seconds, and waiting for a connection to be free does not count."""
+    """Send a request; ``timeout`` is in seconds, and waiting in the pool's line for room does not count."""
     from .exchange import exchange
 
     began = time.monotonic()

@@ -1,4 +1,7 @@
-"""What a hop does: ``urllib.request`` makes and sends a request, ``http.client`` reads its reply. Nothing here waits.
+"""What a hop does: ``urllib.request`` makes and sends a request, ``http.client`` reads its reply.
+
+Nothing here waits for a peer, but for 2 ms after sending. (On macOS and Windows, urllib.request may look a host's name
+up to see whether a proxy is meant. Where that takes until the deadline, nothing is sent.)
 
 *Sending.* ``urllib.request``'s opener decides about proxies and headers, and its ``do_open`` writes the request to an
 ``http.client.HTTPConnection``. Ours is given a connection that is open already (``connections.Connection``), so that
@@ -22,7 +25,7 @@ import urllib.request
 from typing import Any, Mapping
 
 from .connections import Connection, PeerError, Route, host_and_port
-from .hops import READ, is_ready
+from .hops import READ, Hops, is_ready
 from .wire import Reply, Request, read_reply
 
 PATIENCE = 0.002
@@ -72,7 +75,7 @@ def find_route(url: str) -> Route:
         return Route(url.startswith("https:"), origin)
     if url.startswith("https:"):
         return Route(True, request.host, origin, request.get_header("Proxy-authorization"))
-    return Route(False, request.host)
+    return Route(False, request.host, None, request.get_header("Proxy-authorization"))
 
 
 class _ProxyHandler(urllib.request.ProxyHandler):
@@ -118,26 +121,31 @@ def connect_request(route: Route) -> bytes:
 # --- sending ----------------------------------------------------------------------------------------------------------
 
 
-def open_request(connection: Connection, url: str, request: Request, headers: Mapping[str, str]) -> Reply | ReplyReader:
+def open_request(
+    connection: Connection, url: str, request: Request, headers: Mapping[str, str], hops: Hops
+) -> Reply | ReplyReader:
     """Send a request as far as the socket takes it; return the reply if it comes within 2 ms, or else its reader."""
     reader = ReplyReader(connection, request.method)
     # Made anew each time: a second opening would send the proxy what is for the platform. Only cookies need an origin.
     prepared = _Request(url, request.body, dict(headers), origin_req_host="", method=request.method)
     prepared.reader = reader
+    prepared.hops = hops
     _opener().open(prepared)
     return reader.reply or reader
 
 
 class _Request(urllib.request.Request):
     reader: ReplyReader
+    hops: Hops
 
 
 class _HTTPConnection(http.client.HTTPConnection):
     """What ``do_open`` writes a request to and asks for the response; it is connected already."""
 
-    def __init__(self, host: str, *, reader: ReplyReader, **_: Any) -> None:
+    def __init__(self, host: str, *, reader: ReplyReader, hops: Hops, **_: Any) -> None:
         super().__init__(host)
         self._reader = reader
+        self._hops = hops
         self._connection = reader.connection
         if host != self._connection.route.authority:
             raise RouteChangedError("the proxy settings have just changed")
@@ -153,6 +161,8 @@ class _HTTPConnection(http.client.HTTPConnection):
         self._connection.send(data)
 
     def getresponse(self) -> Any:
+        if not self._hops.remaining():
+            raise TimeoutError("timed out")
         self._connection.flush()
         if not self._connection.has_unsent and is_ready([self._connection.sock], READ, PATIENCE):
             self._reader.proceed()
@@ -182,7 +192,7 @@ class _PendingResponse:
 
 class _Handler(urllib.request.AbstractHTTPHandler):
     def http_open(self, request: _Request) -> http.client.HTTPResponse:
-        connection_class: Any = functools.partial(_HTTPConnection, reader=request.reader)
+        connection_class: Any = functools.partial(_HTTPConnection, reader=request.reader, hops=request.hops)
         return self.do_open(connection_class, request)
 
     https_open = http_open
@@ -216,11 +226,12 @@ class ReplyReader:
     def proceed(self, *, is_last: bool = False) -> Reply | ReplyReader:
         """Send more, receive more, and return the reply if it is whole now, or else this reader.
 
-        A reply may come before the whole request has left: a refusal of a body that is too large. It counts, and ends
-        the request.
+        A reply may come before the whole request has left, for its body is too large, say. It counts, and ends the
+        request.
 
         Args:
-            is_last: There is no time for more: a refusal counts with as much of its body as has come.
+            is_last: There is no time for more: an unsuccessful reply (of status 300 or over) counts with as much of its
+                body as has come.
 
         Raises:
             PeerError: What came is no reply.
@@ -264,7 +275,7 @@ class ReplyReader:
                 return response
 
     def _finish(self, response: http.client.HTTPResponse, source: _Source) -> Reply:
-        """Read the body; of a refusal as much as comes, for a peer may hang up before it has read the request."""
+        """Read the body; of an unsuccessful reply what comes, for a peer may hang up before it has read the request."""
         connection = self.connection
         source.is_lenient = response.status >= 300
         if self._method == "CONNECT":

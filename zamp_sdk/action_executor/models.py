@@ -118,7 +118,7 @@ def _normalize_base_url(url: str) -> str:
     """Refuse what could send the token astray."""
     from urllib.parse import quote  # not needed to import zamp_sdk, and not cheap
 
-    host = r"\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*(?:%[\w.-]+)?\]|[^][:/?#@\\\s]+"
+    host = r"\[[0-9A-Fa-f.]*:[0-9A-Fa-f:.]*\]|[^][:/?#@\\\s]+"
     parts = re.fullmatch(rf"([Hh][Tt][Tt][Pp][Ss]?)://({host})(?::0*([0-9]{{1,5}}))?(/[^?#\\\x00-\x20\x7f]*)?", url)
     if "://" not in url:  # not quoted: it may be a secret in the wrong place
         raise ValueError("base_url has no scheme; did you mean https:// in front of it? It must be like https://host")

@@ -5,11 +5,12 @@ all event loops. ``enter`` waits in that line; ``leave`` gives room back and han
 woken by its own loop (a ``concurrent.futures.Future``, awaited with ``asyncio.wrap_future``, sees to both).
 
 With room a request takes an idle connection of its route, or dials a new one. A connection goes back with ``leave``,
-and is kept only if nothing of its last reply is left over. Idle connections give way to new ones of other routes, close
-by themselves after ten seconds, and all at once where descriptors run out.
+and is kept only if nothing of its last reply is left over. Idle connections give way to new ones of other routes, and
+all of them where descriptors run out. They are closed after ten seconds by the event loop that gave one back, or, where
+that has ended, by the next request or at the process's exit.
 
 The lock guards a few lines each time, and nobody waits for anything while holding it. It is reentrant because the
-garbage collector may end a forgotten task, and so a lease, in the middle of these lines. To read the trusted
+garbage collector may end a forgotten task, which gives its room back, in the middle of these lines. To read the trusted
 authorities takes longer, and has a lock of its own, which only threads wait for.
 """
 
@@ -69,8 +70,10 @@ class Pool:
             if self._rooms_taken < MAX_CONNECTIONS:
                 self._rooms_taken += 1
                 return
-            turn: Future[None] = Future()
+        turn: Future[None] = Future()
+        with self._lock:
             self._line.append((turn, asyncio.get_running_loop()))
+            self._admit()  # room may have come free in between, when there was nobody to give it to
         try:
             await asyncio.wrap_future(turn)
         except BaseException:
@@ -86,17 +89,13 @@ class Pool:
             may_keep: Whether the request has come to its end, so that the connection may serve another. Only where an
                 event loop runs; without it this can be called in any thread.
         """
-        if connection is not None:
-            self._give_back(connection, may_keep=may_keep)
-        with self._lock:
-            while self._line:
-                turn, loop = self._line.popleft()
-                if not loop.is_closed() and turn.set_running_or_notify_cancel():
-                    break
-            else:
+        try:
+            if connection is not None:
+                self._give_back(connection, may_keep=may_keep)
+        finally:
+            with self._lock:
                 self._rooms_taken -= 1
-                return
-        turn.set_result(None)
+                self._admit()
 
     def take(self, route: Route, *, for_start: bool) -> Connection | None:
         """Lease the idle connection of this route that was used last, if one is still good."""
@@ -160,6 +159,16 @@ class Pool:
         for connection in [*self._idle, *self._leased]:
             connection.close()
 
+    def _admit(self) -> None:
+        """Give what room there is to the first in the line, with the lock held; a closed loop's requests need none."""
+        while self._line and self._rooms_taken < MAX_CONNECTIONS:
+            self._rooms_taken += 1  # first of all: what comes next may have the garbage collector free more
+            turn, loop = self._line.popleft()
+            if not loop.is_closed() and turn.set_running_or_notify_cancel():
+                turn.set_result(None)
+            else:
+                self._rooms_taken -= 1
+
     def _give_back(self, connection: Connection, *, may_keep: bool) -> None:
         is_kept = may_keep and connection.is_reusable and not connection.has_leftovers  # `take` looks at the socket
         with self._lock:
@@ -172,7 +181,7 @@ class Pool:
             connection.close()
 
     def _sweep_later(self) -> None:
-        """See to it that a live event loop will close what is idle for too long; with the lock held."""
+        """Have an event loop close what is idle for too long, unless one will already; with the lock held."""
         sweeping = None if self._sweeping_loop is None else self._sweeping_loop()
         if self._idle and (sweeping is None or sweeping.is_closed()):
             loop = asyncio.get_running_loop()

@@ -7,7 +7,8 @@
   of what cannot be sent is found.
 - A reply is an object, bare or inside ``{"data": {...}, "error": null}``.
 - ``error`` beside a ``status`` belongs to the action; ``error`` without one belongs to the request.
-- ``read_reply`` is called in a thread, so that no body, however long, is read in the event loop.
+- ``read_reply`` is called in a thread, so that long bodies do not hold up the event loop; only where no thread is free
+  at the deadline it is called in the loop.
 """
 
 from __future__ import annotations
@@ -93,10 +94,10 @@ class Reply(NamedTuple):
 
 
 class Progress:
-    """How far a request has come, for whoever is interrupted while it is under way."""
+    """How far a request came, for whoever was interrupted while it was under way."""
 
     sent: bool = False
-    """Whether a byte of the request may have left."""
+    """Whether a byte of the request may have left; set when it has ended, in whatever way."""
 
 
 class Failure(NamedTuple):
