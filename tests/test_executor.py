@@ -299,6 +299,24 @@ async def test_cancelled_execute_logs_the_id(platform: LocalPlatform, caplog: py
         assert caught.value.__notes__ == [record.getMessage()]
 
 
+@pytest.mark.parametrize("variable", ["ZAMP_BASE_URL", "ZAMP_AUTH_TOKEN"])
+async def test_the_line_that_collects_has_what_the_environment_lacks(
+    variable: str, platform: LocalPlatform, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the URL or the token was an argument, so it is in the line that collects the result; the token as dots."""
+    monkeypatch.delenv(variable)
+    base_url, token = platform.base_url, platform.auth_token
+    handle = await ActionExecutor.start("wait", 0.3, base_url=base_url, auth_token=token)
+    with pytest.raises(ActionTimeoutError):
+        await handle.result(timeout=timedelta(0))
+    [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
+    missing = f", base_url='{base_url}'" if variable == "ZAMP_BASE_URL" else ", auth_token=..."
+    line = f"ActionExecutor.get_handle('{handle.id}'{missing}).result()"
+    assert record.getMessage().endswith(f"to collect its result: await {line}")
+    code = line.replace("auth_token=...", f"auth_token={token!r}")
+    assert await eval(code, {"ActionExecutor": ActionExecutor}) == "waited"
+
+
 async def test_a_fault_of_ours_brings_the_id(
     platform: LocalPlatform, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

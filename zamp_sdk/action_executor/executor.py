@@ -10,7 +10,7 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Callable, Coroutine, Generic, NoReturn, Protocol, TypeVar, overload
 
-from ..errors import ActionFailedError, ZampError
+from ..errors import ActionFailedError, MissingConfigError, ZampError
 from . import http_client, lifecycle, wire
 from .models import ActionStatus, RetryPolicy, SdkConfig, check_type, is_this_machine
 from .redaction import Redactor
@@ -107,7 +107,7 @@ class ActionHandle(Generic[T_co]):
     def _tell(self, exc: BaseException) -> None:
         """Say in a note and, once, in a warning what has become of the action and how to collect its result."""
         action = lifecycle.name_of(self._id, self._action_name)
-        collect = f"await ActionExecutor.get_handle({self._id!r}).result()"
+        collect = f"await ActionExecutor.get_handle({self._id!r}{_beside_environment(self._config)}).result()"
         if self._ended is None:
             text = f"no longer waiting for {action}, which may go on; to collect its result: {collect}"
         else:
@@ -365,6 +365,18 @@ def _tell_of_start(exc: BaseException, action_name: str, progress: wire.Progress
     text = f"{what} while starting action {action_name!r}: {fate}"
     _add_note(exc, text)
     http_client.logger.warning("%s", text)
+
+
+def _beside_environment(config: SdkConfig) -> str:
+    """Say as arguments what of a configuration the environment does not give; of the token only that it is needed."""
+    try:
+        is_there = SdkConfig.resolve(None, config.auth_token).base_url == config.base_url
+    except (MissingConfigError, ValueError):
+        is_there = False
+    arguments = "" if is_there else f", base_url={config.base_url!r}"
+    if os.environ.get("ZAMP_AUTH_TOKEN", "").strip() != config.auth_token:
+        arguments += ", auth_token=..."
+    return arguments
 
 
 def _add_note(exc: BaseException, text: str) -> None:
