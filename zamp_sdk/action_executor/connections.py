@@ -222,7 +222,8 @@ class Connection:
         assert self._tls is not None
         encrypted = self._encrypted_in
         try:
-            while encrypted.pending or encrypted.eof or self._tls.pending():
+            # Each read takes a whole record, so OpenSSL holds nothing back; to ask it would give up the GIL once more.
+            while encrypted.pending or encrypted.eof:
                 plain = self._tls.read(RECORD)
                 if not plain:  # a close_notify
                     self.has_ended = True
