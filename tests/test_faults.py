@@ -61,7 +61,7 @@ RETRY, UNKNOWN, RAISE = "retry", "unknown", "raise"
 TRIES = 4  # of a start
 FOR_EVER = 1000
 SHORT = 0.12  # s of patience with a server that does not answer
-LONG_ENOUGH = 0.5  # s of patience with one that does, but does not come to an end
+LONG_ENOUGH = 0.3  # s of patience with one that does, but does not come to an end
 
 
 @dataclasses.dataclass(frozen=True)

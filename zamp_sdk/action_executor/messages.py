@@ -161,7 +161,7 @@ class _HTTPConnection(http.client.HTTPConnection):
         self._connection.send(data)
 
     def getresponse(self) -> Any:
-        if not self._hops.remaining():
+        if not self._hops.remaining():  # urllib.request has looked a name up, say; nothing was sent yet
             raise TimeoutError("timed out")
         self._connection.flush()
         if not self._connection.has_unsent and is_ready([self._connection.sock], READ, PATIENCE):
