@@ -208,7 +208,7 @@ AFTER_SENDING = [
     Fault("an array", reply(200, ["id"]), UNKNOWN, RETRY, "not a JSON object", 200),
     Fault("null", reply(200, b"null"), UNKNOWN, RETRY, "not a JSON object", 200),
     Fault("no body", reply(200), UNKNOWN, RETRY, "(empty)", 200),
-    Fault("HTTP 204", raw(b"HTTP/1.1 204 No Content\r\n\r\n"), UNKNOWN, RETRY, "HTTP 204", 204),
+    Fault("HTTP 204", raw(b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n"), UNKNOWN, RETRY, "HTTP 204", 204),
     Fault("another protocol", drip(b"SSH-2.0-x\r\n" + b"-" * 500, 11), UNKNOWN, RETRY, "SSH-2.0-x", timeout=SHORT),
     Fault("tiny chunks", raw(_chunked(b"1\r\n \r\n" * 70_000)), UNKNOWN, RAISE, "over 65,536 chunks"),
     Fault("over 64 MiB", raw(_HUGE), UNKNOWN, RAISE, "over 64 MiB"),
