@@ -270,9 +270,10 @@ async def _connect(addresses: deque[Any], hops: Hops) -> socket.socket:
                     continue
             seconds = give_up_at - time.monotonic()
             is_last_wait = not addresses or seconds <= ATTEMPT_DELAY
-            if not is_last_wait:
-                seconds = ATTEMPT_DELAY
-            if not await hops.until_ready(*trying, events=WRITE, seconds=seconds) and is_last_wait:
+            is_one_ready = await hops.until_ready(
+                *trying, events=WRITE, seconds=seconds if is_last_wait else ATTEMPT_DELAY
+            )
+            if is_last_wait and not is_one_ready:
                 raise TimeoutError("timed out")
             for sock in [sock for sock in trying if is_ready([sock], WRITE)]:
                 trying.remove(sock)

@@ -23,10 +23,10 @@ from typing import TYPE_CHECKING
 
 from .connections import OUT_OF_DESCRIPTORS, Connection, PeerError, Route, dial
 from .hops import Hops, NoThreadError
-from .models import is_this_machine
+from .models import authority, is_this_machine
 from .pool import Pool, shared_pool
 from .redaction import Redactor, one_line
-from .wire import Answer, Failure, Progress, Reply, Request
+from .wire import Answer, Failure, Progress, Reply, Request, may_pass
 
 if TYPE_CHECKING:
     from .messages import ReplyReader
@@ -118,7 +118,7 @@ async def _find_route(base_url: str, pool: Pool, hops: Hops) -> Route:
     route = _routes.get(base_url)
     if route is not None:
         return route
-    origin = base_url.split("/")[2]
+    origin = authority(base_url)
     if _may_have_proxy():
         route = await hops.run(functools.partial(_ask_for_route, base_url), may_hang=True)
         if route.authority != origin and is_this_machine(base_url):
@@ -202,9 +202,8 @@ class TunnelError(PeerError):
     def __init__(self, status: int) -> None:
         from http.client import responses
 
-        may_retry = status >= 500 or status in (408, 425, 429)  # as with a platform's replies
         super().__init__(
-            f"Tunnel connection failed: {status} {responses.get(status, '')}".rstrip(), may_retry=may_retry
+            f"Tunnel connection failed: {status} {responses.get(status, '')}".rstrip(), may_retry=may_pass(status)
         )
         self.status = status
 
@@ -216,7 +215,7 @@ def _failure(
     exc: OSError, config: SdkConfig, route: Route | None, hops: Hops, pool: Pool, *, was_sent: bool
 ) -> Failure:
     """Say what happened, where, and what to do about it."""
-    origin = config.base_url.split("/")[2]
+    origin = authority(config.base_url)
     if isinstance(exc, ssl.SSLCertVerificationError):
         pool.forget_tls_context()
     where = origin if route is None or route.authority == origin else f"{origin} through the proxy {route.authority}"
@@ -246,7 +245,7 @@ def _advice(exc: OSError, route: Route | None, origin: str) -> tuple[str, bool]:
     if isinstance(exc, ssl.SSLError) and exc.reason in NO_COMMON_TLS:
         return "; does it speak TLS 1.2 or later there?", False
     if isinstance(exc, TunnelError):
-        return _tunnel_advice(exc.status, origin), exc.may_retry
+        return _tunnel_advice(exc, origin), exc.may_retry
     if isinstance(exc, PeerError):
         return "", exc.may_retry
     if isinstance(exc, ConnectionRefusedError):
@@ -293,9 +292,9 @@ HOST_MISMATCHES = (62, 64)
 """OpenSSL's X509_V_ERR_HOSTNAME_MISMATCH and X509_V_ERR_IP_ADDRESS_MISMATCH."""
 
 
-def _tunnel_advice(status: int, host: str) -> str:
-    if status in (401, 407):  # tinyproxy says 401
+def _tunnel_advice(exc: TunnelError, host: str) -> str:
+    if exc.status in (401, 407):  # tinyproxy says 401
         return "; put the proxy's user name and password into HTTPS_PROXY"
-    if status >= 500 or status in (408, 425, 429):
+    if exc.may_retry:
         return f"; the proxy cannot reach {host} now"
     return f"; the proxy does not let you through to {host}: ask for it, or name the host in NO_PROXY"

@@ -369,14 +369,16 @@ def _tell_of_start(exc: BaseException, action_name: str, progress: wire.Progress
 
 def _beside_environment(config: SdkConfig) -> str:
     """Say as arguments what of a configuration the environment does not give; of the token only that it is needed."""
+    base_url = "" if _resolves_to(config, None, config.auth_token) else f", base_url={config.base_url!r}"
+    return base_url if _resolves_to(config, config.base_url, None) else f"{base_url}, auth_token=..."
+
+
+def _resolves_to(config: SdkConfig, base_url: str | None, auth_token: str | None) -> bool:
+    """Whether these arguments and the environment make this configuration."""
     try:
-        is_there = SdkConfig.resolve(None, config.auth_token).base_url == config.base_url
+        return SdkConfig.resolve(base_url, auth_token) == config
     except (MissingConfigError, ValueError):
-        is_there = False
-    arguments = "" if is_there else f", base_url={config.base_url!r}"
-    if os.environ.get("ZAMP_AUTH_TOKEN", "").strip() != config.auth_token:
-        arguments += ", auth_token=..."
-    return arguments
+        return False
 
 
 def _add_note(exc: BaseException, text: str) -> None:

@@ -1,8 +1,8 @@
 """The two ways in which a request waits: for a thread to do something, and for a socket to be ready.
 
-The event loop owns a request from its beginning to its end. It leaves the loop only for *hops*: a hop is a function
-that ``asyncio.to_thread`` runs in a thread of the loop's default executor, one at a time for each request. A hop works
-and never waits for a peer (2 ms for a quick reply aside), so it is done within milliseconds (a reply of many megabytes
+The event loop directs a request from beginning to end, and lends it only to *hops*: a hop is a function that
+``asyncio.to_thread`` runs in a thread of the loop's default executor, one at a time for each request. A hop works and
+never waits for a peer (2 ms for a quick reply aside), so it is done within milliseconds (a reply of many megabytes
 takes some hundred), and nobody ever has to wake one. What has to be waited for is waited for in the loop, which costs
 no thread; only on loops that watch no sockets (Windows' proactor) do threads wait, a tenth of a second at a time.
 

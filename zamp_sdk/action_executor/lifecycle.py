@@ -250,7 +250,7 @@ def _read_poll(  # noqa: PLR0911  # one return for each thing that a poll's answ
     code = answer.status_code
     if not 200 <= code < 300:
         starting = code == 404 and age is not None and age < POLL_NOT_FOUND_GRACE
-        return None, None, starting or code < 200 or code >= 500 or code in (408, 425, 429)
+        return None, None, starting or code < 200 or wire.may_pass(code)
     reply = answer.action
     if reply is not None and reply.id is not None and reply.id != action_id:
         return None, "the reply is about another action", True

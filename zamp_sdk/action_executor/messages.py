@@ -44,7 +44,6 @@ MAX_HEAD = 256 * 1024
 """Bytes of a reply's status line and headers, folded lines and informational replies before it included; http.client
 itself counts lines, up to 100."""
 
-
 VERSION = b"HTTP/"
 """How every reply begins (RFC 9112, 4)."""
 
@@ -71,11 +70,10 @@ def find_route(url: str) -> Route:
     through_proxy = getattr(_proxies(), f"{request.type}_open", None)  # which there is where a proxy is set
     if through_proxy is not None:
         through_proxy(request)
+    is_tls = url.startswith("https:")
     if request.host == origin:  # there is no proxy for this host
-        return Route(url.startswith("https:"), origin)
-    if url.startswith("https:"):
-        return Route(True, request.host, origin, request.get_header("Proxy-authorization"))
-    return Route(False, request.host, None, request.get_header("Proxy-authorization"))
+        return Route(is_tls, origin)
+    return Route(is_tls, request.host, origin if is_tls else None, request.get_header("Proxy-authorization"))
 
 
 class _ProxyHandler(urllib.request.ProxyHandler):
@@ -128,15 +126,13 @@ def open_request(
     reader = ReplyReader(connection, request.method)
     # Made anew each time: a second opening would send the proxy what is for the platform. Only cookies need an origin.
     prepared = _Request(url, request.body, dict(headers), origin_req_host="", method=request.method)
-    prepared.reader = reader
-    prepared.hops = hops
+    prepared.connection_class = functools.partial(_HTTPConnection, reader=reader, hops=hops)
     _opener().open(prepared)
     return reader.reply or reader
 
 
 class _Request(urllib.request.Request):
-    reader: ReplyReader
-    hops: Hops
+    connection_class: Any  # which do_open makes its connection with
 
 
 class _HTTPConnection(http.client.HTTPConnection):
@@ -192,8 +188,7 @@ class _PendingResponse:
 
 class _Handler(urllib.request.AbstractHTTPHandler):
     def http_open(self, request: _Request) -> http.client.HTTPResponse:
-        connection_class: Any = functools.partial(_HTTPConnection, reader=request.reader, hops=request.hops)
-        return self.do_open(connection_class, request)
+        return self.do_open(request.connection_class, request)
 
     https_open = http_open
     http_request = https_request = urllib.request.AbstractHTTPHandler.do_request_
@@ -250,7 +245,6 @@ class ReplyReader:
             source = _Source(connection, is_last=is_last)
             self.response = self._begin(source)
             self.reply = self._finish(self.response, source)
-            connection.is_reusable = connection.is_reusable and not is_last  # the rest may come yet
         except NeedsMoreError as exc:
             if is_last:
                 raise TimeoutError("timed out") from None
@@ -290,7 +284,8 @@ class ReplyReader:
             body = _read_body(response)
         headers = {name.lower(): " ".join(value.split()) for name, value in response.headers.raw_items()}
         del connection.incoming[: source.position]
-        connection.is_reusable = not response.will_close and response.status != 101
+        # After the last look at a reply its rest may come yet.
+        connection.is_reusable = not (response.will_close or response.status == 101 or source.is_last)
         return read_reply(
             response.status, headers, _decoded(body, headers.get("content-encoding", ""), is_lenient=source.is_lenient)
         )
@@ -303,9 +298,10 @@ class _Source:
         self._received = connection.incoming
         self._has_ended = connection.has_ended
         self._failure = connection.failure
-        self._is_last = is_last
         self._lines = 0  # of the body
         self.position = 0
+        self.is_last: bool = is_last
+        """Whether there is no time for more to come."""
         self.is_in_head = True
         """Whether what is read counts as status lines and headers."""
         self.is_lenient = False
@@ -363,7 +359,7 @@ class _Source:
         """Leave the reading until so many bytes are there; or return, if no more will come."""
         if self._failure is not None and not self.is_lenient:
             raise self._failure
-        if self._failure is None and not self._has_ended and not (self._is_last and self.is_lenient):
+        if self._failure is None and not self._has_ended and not (self.is_last and self.is_lenient):
             raise NeedsMoreError(needed)
 
 

@@ -139,6 +139,11 @@ def _normalize_base_url(url: str) -> str:
     return f"{parts[1].lower()}://{host}{port}{path}"
 
 
+def authority(base_url: str) -> str:
+    """Return the host of a normalised base URL, and the port if it has one (RFC 3986, 3.2)."""
+    return base_url.split("/")[2]
+
+
 def is_this_machine(base_url: str) -> bool:
     """Whether a normalised base URL leads to this machine itself: ``localhost``, 127.0.0.0/8 or ``[::1]``."""
-    return bool(re.fullmatch(r"(127(\.\d+){3}|localhost|\[::1\])(:\d+)?", base_url.split("/")[2]))
+    return bool(re.fullmatch(r"(127(\.\d+){3}|localhost|\[::1\])(:\d+)?", authority(base_url)))

@@ -439,6 +439,11 @@ def read_reply(status_code: int, headers: Mapping[str, str], body: bytes) -> Rep
         return reply._replace(problem=f"the reply {exc}")
 
 
+def may_pass(status_code: int) -> bool:
+    """Whether an unsuccessful reply, a platform's or a proxy's, may be another one later."""
+    return status_code >= 500 or status_code in (408, 425, 429)
+
+
 class UnreadableError(ValueError):
     """Valid JSON that this Python cannot read, now or later; ``action`` is what can be read of it."""
 
