@@ -17,7 +17,7 @@ help: ## List the targets
 install: $(INSTALLED) ## Make .venv and install the package and the development tools in it
 
 $(INSTALLED): pyproject.toml
-	@test -x $(PY) || $(PYTHON) -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 9))' || { \
+	@test -x $(PY) || $(PYTHON) -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 9))' 2>/dev/null || { \
 		echo '$(PYTHON) must be Python 3.9 or later, with its venv module (on Debian and Ubuntu: apt install python3-venv).'; \
 		echo 'To use another one: make PYTHON=/path/to/python3'; exit 1; }
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)

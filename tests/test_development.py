@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,26 @@ def test_all_tests_are_run_with_coverage() -> None:
 def test_one_file_is_tested_without_coverage() -> None:
     """A file that is named is tested alone, and not for what it does not cover."""
     assert recipe("test", "PYTEST_ARGS=tests/test_errors.py -x").rstrip().endswith(" -m pytest tests/test_errors.py -x")
+
+
+def test_a_python_without_venv_gets_advice_and_nothing_else(tmp_path: Path) -> None:
+    """Where Python lacks what makes a virtual environment, as Debian's does, the advice says so, with no traceback."""
+    (tmp_path / "ensurepip.py").write_text("raise ModuleNotFoundError('No module named ensurepip')")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+
+    tried = subprocess.run(
+        ["make", "install", f"VENV={tmp_path / 'venv'}", f"PYTHON={sys.executable}"],
+        cwd=ROOT,
+        env={**environment, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert tried.returncode == 2
+    assert "apt install python3-venv" in tried.stdout
+    assert "Traceback" not in tried.stderr
+    assert not (tmp_path / "venv").exists()
 
 
 @pytest.mark.skipif(not HOOKS.exists(), reason="the source distribution has no hooks")
