@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -41,3 +42,15 @@ def pythons() -> dict[str, Path]:
         if probe.returncode == 0 and version:
             found.setdefault(version, path)
     return dict(sorted(found.items(), key=lambda item: int(item[0].split(".")[1].rstrip("t"))))
+
+
+def older_python(version: str) -> Path | None:
+    """Return an interpreter of a version that is too old for the package, as in "3.8", if there is one."""
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    on_path = shutil.which(f"python{version}")
+    for path in [*pyenv.glob(f"versions/{version}.*/bin/python"), *([Path(on_path)] if on_path else [])]:
+        asked = subprocess.run([path, "-V"], capture_output=True, text=True, timeout=30, check=False)
+        # Python 2 writes its version to stderr. What pyenv puts on PATH runs only the versions that it was told to.
+        if asked.returncode == 0 and f"{asked.stdout}{asked.stderr}".startswith(f"Python {version}."):
+            return path
+    return None

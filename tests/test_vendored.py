@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.pythons import older_python
 from zamp_sdk import __version__
 
 PACKAGE = Path(__file__).resolve().parent.parent / "zamp_sdk"
@@ -119,7 +120,7 @@ def vendored(tmp_path: Path) -> Path:
     (site / "acme" / "__init__.py").touch()
     (vendor / "__init__.py").touch()
     copy_package(vendor / "zee")
-    module = copy_package(site / "zamp_sdk") / "action_executor" / "http_client.py"
+    module = copy_package(site / "zamp_sdk") / "__init__.py"
     module.write_text(module.read_text(encoding="utf-8").replace(__version__, "0.0.1"), encoding="utf-8")
     return site
 
@@ -275,3 +276,40 @@ def test_runs_on_a_read_only_file_system(tmp_path: Path) -> None:
 
     assert lines == printed()
     assert sorted(root.rglob("*")) == before
+
+
+def refusal(command: Sequence[str | Path], cwd: Path, **extra_env: str) -> str:
+    """Run a program that must end with a traceback, and return the last line of it."""
+    env = {name: value for name, value in os.environ.items() if not name.upper().startswith(("PYTHON", "COV"))}
+    env.update(extra_env)
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 1, done.stderr
+    return done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize("version", ["2.7", "3.6", "3.7", "3.8"])
+@pytest.mark.parametrize("arguments", [["-c", "import zee"], ["-m", "zee", "demo"]], ids=["import", "command"])
+def test_an_older_python_is_told_what_is_needed(version: str, arguments: list[str], tmp_path: Path) -> None:
+    """Where nothing has checked the version of Python, a copy says which one it needs, from a folder and from a zip."""
+    python = older_python(version)
+    if python is None:
+        pytest.skip(f"this machine has no Python {version}")
+    sentence = f"ImportError: zamp_sdk needs Python 3.9 or later; this is {version}"
+    copy = copy_package(tmp_path / "zee")
+    assert refusal([python, "-B", *arguments], tmp_path) == sentence
+
+    with zipfile.ZipFile(tmp_path / "packages.zip", "w") as archive:
+        for source in copy.rglob("*.py"):
+            archive.write(source, source.relative_to(tmp_path))
+    shutil.rmtree(copy)
+    assert refusal([python, "-B", *arguments], tmp_path, PYTHONPATH="packages.zip") == sentence
+
+
+def test_a_python_that_calls_itself_older_is_told_so(tmp_path: Path) -> None:
+    """The sentence needs no older Python to be shown: one that calls itself 3.8 does not get further either."""
+    copy_package(tmp_path / "zamp_sdk")
+    program = "import sys; sys.version_info = (3, 8, 18, 'final', 0); import zamp_sdk"
+
+    said = refusal([sys.executable, "-B", "-c", program], tmp_path)
+
+    assert said == "ImportError: zamp_sdk needs Python 3.9 or later; this is 3.8"

@@ -12,12 +12,11 @@ import sys
 import time
 from typing import TYPE_CHECKING
 
+from .. import __version__
 from .wire import Answer, Progress, Reply, Request
 
 if TYPE_CHECKING:
     from .models import SdkConfig
-
-__version__ = "1.1.0"  # of the package; the User-Agent tells it
 
 USER_AGENT = f"zamp-sdk/{__version__} Python/{sys.version_info[0]}.{sys.version_info[1]} {sys.platform}"
 
