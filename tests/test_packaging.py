@@ -87,31 +87,34 @@ def test_an_index_takes_the_distributions_and_shows_their_readme(distributions: 
     assert checked.stdout.count("PASSED") == 2
 
 
-def test_the_metadata_says_what_this_is_and_where_it_comes_from(metadata: email.message.Message) -> None:
-    """The wheel's page on an index has a summary, README, authors, keywords, links, Pythons and operating systems."""
+def test_the_metadata_says_what_this_is(metadata: email.message.Message) -> None:
+    """The wheel's metadata has a summary, README, authors, keywords, Pythons and operating systems."""
     classifiers = metadata.get_all("Classifier", [])
-    urls = dict(link.split(", ", 1) for link in metadata.get_all("Project-URL", []))
 
     assert "standard library" in metadata["Summary"]
     assert metadata["Description-Content-Type"] == "text/markdown"
-    assert metadata.get_payload() == (ROOT / "README.md").read_text(encoding="utf-8")
+    assert metadata.get_payload(decode=True) == (ROOT / "README.md").read_bytes()
     assert metadata["Author"]
     assert "zero-dependency" in metadata["Keywords"].split(",")
-    assert urls["Source"] == "https://github.com/Zampfi/zamp-sdk"
-    assert {f"Programming Language :: Python :: 3.{minor}" for minor in range(9, 15)} <= set(classifiers)
+    assert {f"Programming Language :: Python :: 3.{minor}" for minor in range(9, 16)} <= set(classifiers)
+    assert "Programming Language :: Python :: Free Threading" in classifiers
     assert len([each for each in classifiers if each.startswith("Operating System :: ")]) == 3
 
 
-def test_readme_has_no_link_that_only_works_in_a_checkout() -> None:
-    """README is also the page on an index, where a path inside the repository leads nowhere."""
-    links = re.findall(r"\]\(([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+def test_no_link_leads_to_the_official_sdks_repository(metadata: email.message.Message) -> None:
+    """The official SDK's repository is not this package's home: neither the metadata nor a document leads there."""
+    documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), ROOT / "tests" / "benchmarks" / "README.md"]
 
-    assert [link for link in links if not link.startswith(("https://", "#"))] == []
+    assert metadata.get_all("Project-URL") is None
+    assert metadata["Home-page"] is None
+    assert len(documents) >= 6
+    assert [path.name for path in documents if "zampfi" in path.read_text(encoding="utf-8").lower()] == []
 
 
-def test_the_metadata_and_the_package_name_the_same_version(metadata: email.message.Message) -> None:
-    """pyproject.toml, which the metadata comes from, and `__version__` name the same version."""
+def test_the_version_is_one_that_the_official_sdk_never_has(metadata: email.message.Message) -> None:
+    """The metadata has the package's own version; its local label (PEP 440) is one that no index takes."""
     assert metadata["Version"] == zamp_sdk.__version__
+    assert re.fullmatch(r"\d+\.\d+\.\d+\+stdlib", zamp_sdk.__version__)
 
 
 def test_the_only_command_installed_is_zamp_sdk(wheel: Path) -> None:
@@ -125,20 +128,25 @@ def test_the_only_command_installed_is_zamp_sdk(wheel: Path) -> None:
 
 
 def test_source_distribution_can_be_tested(distributions: Path) -> None:
-    """The source distribution holds the tests, the Makefile and the licence, and nothing that tools leave behind."""
+    """The source distribution holds the tests, the documents and the licence, and nothing that tools leave behind."""
     (sdist,) = distributions.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.split("/", 1)[1] for name in archive.getnames()}
 
-    assert {"LICENSE", "Makefile", "README.md", "pyproject.toml", "tests/test_packaging.py", ".ci/layer.py"} <= names
+    documents = {path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]}
+    assert {"CHANGELOG.md", "CONTRIBUTING.md", "README.md", "SECURITY.md", "docs/troubleshooting.md"} <= documents
+    assert {*documents, "LICENSE", "Makefile", "pyproject.toml", "tests/test_packaging.py", ".ci/layer.py"} <= names
     assert {name.split("/")[0] for name in names} <= {
         ".ci",
         ".gitignore",
         "CHANGELOG.md",
+        "CONTRIBUTING.md",
         "LICENSE",
         "Makefile",
         "PKG-INFO",
         "README.md",
+        "SECURITY.md",
+        "docs",
         "pyproject.toml",
         "tests",
         "zamp_sdk",

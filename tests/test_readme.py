@@ -1,6 +1,8 @@
-"""Every Python example in the README runs, against the local platform; its figures are those that were measured.
+"""What the documents show runs: each Python example, and each command; their links lead somewhere.
 
-What the README claims about behaviour, and the tests that show it; one of the tests below looks whether they exist.
+All of them run against a local platform. Commands that need the package index are run by peers/test_install.py.
+
+What README claims about behaviour, and the tests that show it; one of the tests below looks whether they exist.
 
 Promises:
   runs no action twice       test_faults.py::test_a_start_is_not_sent_again_after_what_may_have_started_it_or_never_will
@@ -17,7 +19,9 @@ Install:
                              test_vendored.py::test_runs_from_inside_a_zip
   the layer and licence      test_layer.py::test_holds_the_package_and_its_licence
                              test_layer.py::test_two_checkouts_give_the_same_bytes
-  the summary on an index    test_packaging.py::test_the_metadata_says_what_this_is_and_where_it_comes_from
+  over an official one       peers/test_install.py::test_it_replaces_an_installed_official_one
+  a version of its own       test_packaging.py::test_the_version_is_one_that_the_official_sdk_never_has
+  an older Python            test_vendored.py::test_an_older_python_is_told_what_is_needed
 This one or the official one:
   the same import and call   peers/test_official_sdk.py::test_the_same_call_makes_the_same_requests
                              peers/test_official_sdk.py::test_the_same_reply_gives_the_same_result
@@ -124,33 +128,66 @@ from __future__ import annotations
 import ast
 import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
 from zamp_sdk.local_platform import LocalPlatform
 
 TESTS = Path(__file__).parent
-README = (TESTS.parent / "README.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"^```python\n(.*?)^```$", README, re.DOTALL | re.MULTILINE)
-PROGRAMS = [example for example in EXAMPLES if "import pytest" not in example]
-TEST_MODULES = [example for example in EXAMPLES if "import pytest" in example]
+ROOT = TESTS.parent
+DOCUMENTS = {
+    path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+    for path in sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), TESTS / "benchmarks" / "README.md"])
+}
+README = DOCUMENTS["README.md"]
+TROUBLESHOOTING = DOCUMENTS["docs/troubleshooting.md"]
 MEASURED = re.compile(r"^<!-- `make bench` writes from here -->$(.*?)^<!-- to here -->$", re.DOTALL | re.MULTILINE)
 
 
-def run(example: str) -> dict[str, Any]:
-    """Run an example as a program, and return what it defines."""
-    names: dict[str, Any] = {"__name__": "__main__"}
-    exec(compile(example, "README.md", "exec"), names)
-    return names
+class Sample(NamedTuple):
+    """A block of code in a document."""
+
+    place: str
+    text: str
 
 
-@pytest.mark.parametrize("example", PROGRAMS, ids=range(len(PROGRAMS)))
-def test_an_example_runs(example: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The example runs, and its Lambda handlers answer."""
+def samples(language: str) -> list[Sample]:
+    """Find the blocks of a language in all documents."""
+    return [
+        Sample(f"{name}:{document.count(chr(10), 0, block.start()) + 1}", block[1])
+        for name, document in DOCUMENTS.items()
+        for block in re.finditer(rf"^```{language}\n(.*?)^```$", document, re.DOTALL | re.MULTILINE)
+    ]
+
+
+def commands(sample: Sample) -> str:
+    """Return the commands of a console block as a shell script."""
+    lines = sample.text.splitlines()
+    assert all(line.startswith("$ ") for line in lines), f"{sample.place} shows more than commands"
+    return "\n".join(line[2:] for line in lines)
+
+
+PROGRAMS = [sample for sample in samples("python") if "import pytest" not in sample.text]
+TEST_MODULES = [sample for sample in samples("python") if "import pytest" in sample.text]
+CONSOLE = samples("console")
+INSTALLING = [sample for sample in CONSOLE if "pip install" in sample.text]
+SCRIPTS = [sample for sample in CONSOLE if sample not in INSTALLING]
+
+each_program = pytest.mark.parametrize("sample", PROGRAMS, ids=lambda sample: sample.place)
+each_test_module = pytest.mark.parametrize("sample", TEST_MODULES, ids=lambda sample: sample.place)
+each_script = pytest.mark.parametrize("sample", SCRIPTS, ids=lambda sample: sample.place)
+
+
+@pytest.fixture
+def environment() -> Iterator[dict[str, str]]:
+    """An environment that names a platform with the actions of the samples, and has this Python on its PATH."""
     platform = LocalPlatform()
     platform.action("send_invoice")(lambda params: params)
 
@@ -159,26 +196,78 @@ def test_an_example_runs(example: str, monkeypatch: pytest.MonkeyPatch) -> None:
         raise ValueError("expired")
 
     with platform:
-        monkeypatch.setenv("ZAMP_BASE_URL", platform.base_url)
-        monkeypatch.setenv("ZAMP_AUTH_TOKEN", platform.auth_token)
-        names = run(example)
-        event = {"invoice_id": "inv_123"}
-        if "handler" in names:
-            assert names["handler"](event, None) == event
-        if "start_handler" in names:
-            assert names["collect_handler"](names["start_handler"](event, None), None) == {"result": event}
+        yield {
+            **os.environ,
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+            "PYTHONPATH": str(ROOT),
+            "ZAMP_BASE_URL": platform.base_url,
+            "ZAMP_AUTH_TOKEN": platform.auth_token,
+            "no_proxy": "127.0.0.1",
+        }
 
 
-@pytest.mark.parametrize("example", TEST_MODULES, ids=range(len(TEST_MODULES)))
-def test_the_tests_among_the_examples_pass(example: str, tmp_path: Path) -> None:
+def check_out(destination: Path) -> Path:
+    """Copy what a clone holds, but for the tests."""
+    destination.mkdir()
+    for name in [*DOCUMENTS, "LICENSE", "Makefile", "pyproject.toml"]:
+        (destination / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / name, destination / name)
+    for folder in ("zamp_sdk", ".ci"):
+        shutil.copytree(ROOT / folder, destination / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return destination
+
+
+def run_script(script: str, checkout: Path, environment: Mapping[str, str], seconds: float) -> str:
+    """Run commands as a person would type them, each of which must succeed, and return what they print."""
+    shell = subprocess.Popen(
+        ["sh", "-eu", "-c", script],
+        cwd=checkout,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # so that what it leaves running can be ended with it
+    )
+    try:
+        output, _ = shell.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(shell.pid, signal.SIGKILL)
+        output, _ = shell.communicate()
+        pytest.fail(f"it did not end within {seconds} s: {output}")
+    assert shell.returncode == 0, output
+    return output
+
+
+@each_program
+def test_an_example_runs(sample: Sample, environment: Mapping[str, str]) -> None:
+    """The example runs as a program without a warning, and a Lambda handler in it answers."""
+    event = {"invoice_id": "inv_123"}
+    program = f"{sample.text}\nif 'handler' in globals():\n    print(handler({event}, None))\n"
+
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(event) or done.stdout.startswith("it ran and failed: FAILED ")
+
+
+@each_test_module
+def test_the_tests_among_the_examples_pass(sample: Sample, tmp_path: Path) -> None:
     """The example's tests pass when pytest runs them, with warnings as errors and behind a proxy that is not there."""
-    (tmp_path / "test_example.py").write_text(example, encoding="utf-8")
+    (tmp_path / "test_example.py").write_text(sample.text, encoding="utf-8")
     options = ("-q", "-W", "error", "-p", "no:cacheprovider", "-o", "asyncio_default_fixture_loop_scope=function")
 
     done = subprocess.run(
         [sys.executable, "-m", "pytest", *options, tmp_path],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(TESTS.parent), "HTTP_PROXY": "http://127.0.0.1:9"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HTTP_PROXY": "http://127.0.0.1:9"},
         capture_output=True,
         text=True,
         timeout=60,
@@ -186,25 +275,62 @@ def test_the_tests_among_the_examples_pass(example: str, tmp_path: Path) -> None
     )
 
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "2 passed" in done.stdout
+    assert f"{sample.text.count('def test_')} passed" in done.stdout
 
 
-def test_the_readme_opens_with_the_two_commands_and_an_example() -> None:
-    """The first screen shows how to try it, how to test it, and a program that uses it."""
-    first_screen = "\n".join(README.splitlines()[:30])
+@pytest.mark.skipif(os.name != "posix", reason="the commands are a Unix shell's")
+@pytest.mark.skipif(shutil.which("make") is None, reason="this machine has no make")
+@each_script
+def test_commands_can_be_typed_as_they_stand(sample: Sample, environment: dict[str, str], tmp_path: Path) -> None:
+    """The commands succeed one after the other in a clone; make only says what it would do."""
+    run_script(commands(sample), check_out(tmp_path / "clone"), {**environment, "MAKEFLAGS": "n"}, seconds=60)
 
-    assert "python3 -m zamp_sdk demo" in first_screen
-    assert "make test" in first_screen
-    assert EXAMPLES[0] in first_screen
-    assert len(PROGRAMS) >= 8
-    assert len(TEST_MODULES) == 1
+
+def test_the_documents_have_samples_of_each_kind() -> None:
+    """What the tests above run is found in the documents."""
+    assert len(PROGRAMS) >= 5
+    assert len(TEST_MODULES) >= 1
+    assert len(SCRIPTS) >= 6
+    assert len(INSTALLING) >= 1
+    assert {name.partition(":")[0] for name, _ in [*PROGRAMS, *CONSOLE]} == {"README.md", "docs/troubleshooting.md"}
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="this machine has no make")
+def test_each_target_of_make_that_is_named_exists() -> None:
+    """Each target of the Makefile that a document names is there, and CONTRIBUTING names what `make help` lists."""
+    named = {target for text in DOCUMENTS.values() for target in re.findall(r"`make ([a-z-]+)", text)}
+    listed = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+
+    assert named <= listed
+    assert {"check", "test", "test-peers", "test-all", "fuzz", "soak", "bench", "layer"} <= named
+
+
+def test_the_readme_opens_with_what_a_newcomer_needs() -> None:
+    """The first lines say what it is, when not to use it, and show how to try it and the first program."""
+    opening = "\n".join(README.splitlines()[:55])
+
+    places = [
+        opening.index(each)
+        for each in (
+            "nothing but the standard library",
+            "When not to use it",
+            "python3 -m zamp_sdk demo",
+            "make test",
+            "python3-venv",
+            "https://api.zamp.ai",
+            PROGRAMS[0].text,
+        )
+    ]
+    assert places == sorted(places)
 
 
 def test_the_figures_are_those_that_were_measured() -> None:
-    """The README's figures are those at the head of what `make bench` wrote."""
-    written = (TESTS / "benchmarks" / "README.md").read_text(encoding="utf-8")
-
-    assert MEASURED.findall(README) == MEASURED.findall(written)
+    """README's figures are those at the head of what `make bench` wrote, and no other document has any."""
+    assert [name for name, text in DOCUMENTS.items() if MEASURED.search(text)] == [
+        "README.md",
+        "tests/benchmarks/README.md",
+    ]
+    assert MEASURED.findall(README) == MEASURED.findall(DOCUMENTS["tests/benchmarks/README.md"])
     assert len(MEASURED.findall(README)) == 1
 
 
@@ -221,11 +347,11 @@ def test_each_claim_has_a_test() -> None:
 
 def test_the_messages_in_the_table_are_those_that_the_package_gives() -> None:
     """Each message that the table of troubles quotes stands in the package, so that people find it."""
-    table = README.partition("| what you see |")[2].partition("\n\n")[0]
+    table = TROUBLESHOOTING.partition("| what you see |")[2].partition("\n\n")[0]
     quoted = re.findall(r"^\| `([^`]+)` \|", table, re.MULTILINE)
     texts = [
         node.value
-        for module in (TESTS.parent / "zamp_sdk").rglob("*.py")
+        for module in (ROOT / "zamp_sdk").rglob("*.py")
         for node in ast.walk(ast.parse(module.read_text(encoding="utf-8")))
         if isinstance(node, ast.Constant) and isinstance(node.value, str)
     ]
@@ -234,11 +360,39 @@ def test_the_messages_in_the_table_are_those_that_the_package_gives() -> None:
     assert [message for message in quoted if not any(message in text for text in texts)] == []
 
 
-def test_the_links_inside_the_readme_lead_somewhere() -> None:
-    """Each link to a section names a heading."""
-    headings = {
-        re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-")
-        for heading in re.findall(r"^#+ (.*)$", README, re.MULTILINE)
-    }
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_inside_the_repository_lead_somewhere(name: str) -> None:
+    """Each link of a document to another file, or to a section, names one that is there."""
+    lost = []
+    for link in re.findall(r"\]\(([^)]+)\)", DOCUMENTS[name]):
+        path, _, section = link.partition("#")
+        if link.startswith("https://"):
+            continue
+        target = (ROOT / name).parent / path if path else ROOT / name
+        if not target.exists() or (section and section not in sections(target)):
+            lost.append(link)
 
-    assert [link for link in re.findall(r"\]\(#([^)]+)\)", README) if link not in headings] == []
+    assert lost == []
+
+
+def sections(document: Path) -> set[str]:
+    """Return how links name the sections of a document."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).strip().lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.skipif(not (ROOT / "zamp_sdk" / "transport").exists(), reason="the modules are still in their old places")
+def test_the_architecture_names_every_module() -> None:
+    """The drawing of the modules has those that there are, and no others."""
+    drawing = DOCUMENTS["docs/architecture.md"].partition("```text\n")[2].partition("```")[0]
+    folders: list[str] = []
+    drawn = set()
+    for line in drawing.splitlines():
+        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        folders[depth:] = [name] if name.endswith("/") else []
+        if name.endswith(".py"):
+            drawn.add("".join([*folders, name]))
+    # The folders of the two halves are drawn by what they hold.
+    modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "zamp_sdk").rglob("*.py")}
+
+    assert drawn == modules - {"zamp_sdk/action_executor/__init__.py"}

@@ -1,6 +1,6 @@
 """Measure this SDK beside the newest official one: `python -m tests.benchmarks [PART...]`, or `make bench`.
 
-A whole run writes tests/benchmarks/README.md, the chart beside it, and the few rows that the project's README shows.
+A whole run writes tests/benchmarks/README.md, the chart beside it, and the sentence of figures in the project's README.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def main() -> None:
     missing = RATIOS.keys() - rows.keys()
     if missing:
         raise LookupError(f"targets for rows that nothing measured: {', '.join(missing)}")
-    shown = summary(rows, *headers) + f"\n\n{about}"
+    shown = f"{summary(rows)}\n\n{about}"
     print(f"\n{shown}")
     if options.rounds < ROUNDS and not options.write:
         return
@@ -89,7 +89,7 @@ def main() -> None:
     from .chart import draw
 
     draw(found["time-to-result"].series, dict(zip(laboratory.sides, headers)), HERE / "time-to-result.svg")
-    print("\nWritten: tests/benchmarks/README.md, its chart, and the rows in README.md.")
+    print("\nWritten: tests/benchmarks/README.md, its chart, and the sentence in README.md.")
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import statistics
+import textwrap
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Callable
 
 
@@ -107,22 +109,27 @@ def table(rows: Sequence[Row], this: str, other: str) -> str:
     return "\n".join(lines)
 
 
-# What the project's README shows, by the row's name.
-SUMMARY = {
-    "mean polls of actions of 0 to 45 s": "requests to follow an action of 0 to 45 s, on average",
-    "1 action, plain: CPU after the import": "CPU after the import of one action of 0.2 s",
-    "mean lateness of actions of 5 to 45 s": "how late the caller of an action of 5 to 45 s is told, on average",
-    "from the import to the first result": "from the import to the first result",
-    "1,000 actions, TLS: wall": "1,000 actions of 0.2 s at once, over TLS",
-    "1,000 actions, TLS: peak memory": "peak memory of that process",
-}
+# What the project's README says in one sentence, with the figures of the rows that are named in braces.
+SUMMARY = (
+    "In brackets the official SDK's figures: it takes {from the import to the first result} from the import to the "
+    "first result; the caller of an action of 5 to 45 s is told {mean lateness of actions of 5 to 45 s} late on "
+    "average; 1,000 actions of 0.2 s at once over TLS take {1,000 actions, TLS: wall} and "
+    "{1,000 actions, TLS: peak memory} of memory; but following an action of 0 to 45 s takes "
+    "{mean polls of actions of 0 to 45 s} requests on average, and one action of 0.2 s takes "
+    "{1 action, plain: CPU after the import} of CPU time after the import."
+)
+WIDTH = 120  # characters of a line in the documents
 BEGIN, END = "<!-- `make bench` writes from here -->", "<!-- to here -->"
 
 
-def summary(rows: dict[str, Row], this: str, other: str) -> str:
-    """The few rows that the project's README shows, as a Markdown table; those that the other side wins come first."""
-    shown = [replace(rows[name], name=label) for name, label in SUMMARY.items()]
-    return table(sorted(shown, key=lambda row: row.ratio is None or row.ratio <= 1), this, other)
+def summary(rows: dict[str, Row]) -> str:
+    """The sentence of figures that the project's README has: those of both sides, and of what either is better at."""
+
+    def figures(name: re.Match[str]) -> str:
+        _, this, other, _ = rows[name[1]].cells()
+        return f"{this} ({other})"
+
+    return textwrap.fill(re.sub("{(.*?)}", figures, SUMMARY), WIDTH, break_long_words=False, break_on_hyphens=False)
 
 
 def block(text: str) -> str:
