@@ -31,6 +31,7 @@ This one or the official one:
   values of a RetryPolicy    test_models.py::test_policy_is_frozen
                              test_models.py::test_policy_refuses
   an action that failed      peers/test_official_sdk.py::test_a_failed_action_is_a_runtime_error
+  a platform that limits     peers/test_official_sdk.py::test_a_429_ends_the_wait_of_the_official_sdk_only
   Python 3.9 or later        test_packaging.py::test_wheel_runs_on_any_python_from_3_9_on_and_needs_nothing_else
 Configuration:
   arguments win              test_models.py::test_arguments_come_first

@@ -293,6 +293,18 @@ def test_a_failed_action_is_a_runtime_error(failures: Both[list[Any]], number: i
         assert "boom" in ours["text"]
 
 
+def test_a_429_ends_the_wait_of_the_official_sdk_only(official: Path) -> None:
+    """Where a poll is refused with 429, the official SDK raises, and this one asks again and returns the result."""
+    outcomes = []
+    for python in (official, sys.executable):
+        with Server() as server:
+            server.on("GET", reply(429, {"error": {"message": "slow down"}}, {"Retry-After": "0"}))
+            outcomes += make_calls(python, [BARE_CALL], server)
+
+    assert outcomes[0]["kinds"][0] == "HttpClientError"
+    assert outcomes[1] == {"result": RESULT}
+
+
 @pytest.mark.parametrize(
     ("missing", "given"), [("ZAMP_BASE_URL", "auth_token='t'"), ("ZAMP_AUTH_TOKEN", "base_url='http://127.0.0.1:9'")]
 )
