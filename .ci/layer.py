@@ -1,6 +1,7 @@
 """Build the AWS Lambda layer: the package under python/, which Lambda puts on sys.path.
 
-The same sources give the same bytes: names are sorted, and time stamps and permissions are fixed.
+The same sources give the same bytes, where Python has the same zlib: names are sorted, and time stamps and permissions
+are fixed.
 """
 
 from __future__ import annotations

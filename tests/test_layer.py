@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.pythons import older_python
+
 ROOT = Path(__file__).resolve().parent.parent
 BUILDER = Path(".ci", "layer.py")
 
@@ -71,3 +73,19 @@ def test_can_be_imported_once_unpacked(layer: Path, tmp_path: Path) -> None:
     )
 
     assert Path(found.stdout.strip()) == tmp_path / "python" / "zamp_sdk" / "__init__.py"
+
+
+def test_an_older_python_is_told_what_is_needed(layer: Path, tmp_path: Path) -> None:
+    """A function whose Python is too old for the layer says in its log which one the layer needs."""
+    python = older_python("3.8")
+    if python is None:
+        pytest.skip("this machine has no Python 3.8")
+    with zipfile.ZipFile(layer) as archive:
+        archive.extractall(tmp_path)
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import zamp_sdk"
+
+    tried = subprocess.run(
+        [python, "-I", "-S", "-B", "-c", code, tmp_path / "python"], check=False, capture_output=True, text=True
+    )
+
+    assert tried.stderr.endswith("ImportError: zamp_sdk needs Python 3.9 or later; this is 3.8\n")
