@@ -383,11 +383,11 @@ ENDED_EARLY = {
     "status line, whole": (OK, "within the head"),
     "header": (OK + b"Content-Le", "within the head"),
     "headers": (OK + LENGTH + b"\r", "within the head"),
-    "body": (framed(BODY)[:-3], "3 bytes before the end of its body"),
-    "no body": (OK + b"Content-Length: 67108864\r\n\r\n", "67,108,864 bytes before the end of its body"),
+    "body": (framed(BODY)[:-3], "closed the connection after 15 of 18 bytes of its body"),
+    "no body": (OK + b"Content-Length: 67108864\r\n\r\n", "after 0 of 67,108,864 bytes of its body"),
     "no chunk": (CHUNKED, "before the last chunk of its reply"),
     "chunk size": (CHUNKED + b"2", "before the last chunk of its reply"),
-    "chunk": (CHUNKED + b'20\r\n{"id": ', "25 bytes before the end of a chunk of its reply"),
+    "chunk": (CHUNKED + b'20\r\n{"id": ', "after 7 of 32 bytes of a chunk of its reply"),
     "end of a chunk": (CHUNKED + b"2\r\n{}\r", "before the last chunk of its reply"),
     "last chunk": (CHUNKED + b"2\r\n{}\r\n", "before the last chunk of its reply"),
     "trailer": (CHUNKED + b"2\r\n{}\r\n0\r\nA: b\r\n", "before the trailer of its reply was over"),
@@ -628,9 +628,11 @@ BROKEN = {
 @pytest.mark.parametrize(("coding", "body", "says"), BROKEN.values(), ids=BROKEN)
 def test_what_cannot_be_decompressed_is_named(coding: bytes, body: bytes, says: str) -> None:
     """A coding that is broken, or that nobody asked for, is named; but a refusal counts with its body as it came."""
+    broken = ReplyReader("GET")
     with pytest.raises(PeerError, match=says) as caught:
-        ReplyReader("GET").proceed(bytearray(coded(body, coding)))
+        broken.proceed(bytearray(coded(body, coding)))
     assert caught.value.may_retry
+    assert not broken.may_keep_connection
     refusal, reader = read(coded(body, coding, b"422 No"))
     assert (refusal.status_code, refusal.body) == (422, body)
     assert reader.may_keep_connection

@@ -1,5 +1,7 @@
 """40,000 random replies: whatever comes back, only documented exceptions come out, ids are whole, no token is shown.
 
+Before that, ``fuzz_reading`` gives the reader as many of its own, in pieces.
+
 Most replies go straight through ``wire`` and ``lifecycle``, which is fast; the rest comes from a server on loopback,
 over many connections, through the public calls. A seed makes the same replies again.
 
@@ -19,6 +21,7 @@ from collections import Counter
 from datetime import timedelta
 from typing import Any
 
+from tests.peers import fuzz_reading
 from zamp_sdk import ActionExecutor, ActionFailedError, ActionTimeoutError, HttpClientError, ZampError
 from zamp_sdk.action_executor import http_client, lifecycle, wire
 from zamp_sdk.action_executor.redaction import Redactor
@@ -302,5 +305,6 @@ def main(replies: int = REPLIES, seed: int = 0) -> Counter[str]:
 
 if __name__ == "__main__":
     arguments = [int(argument) for argument in sys.argv[1:]]
-    start = time.monotonic()
-    print(dict(main(*arguments)), f"in {time.monotonic() - start:.0f} s")
+    for fuzz in (fuzz_reading.main, main):
+        start = time.monotonic()
+        print(dict(fuzz(*arguments)), f"in {time.monotonic() - start:.0f} s")

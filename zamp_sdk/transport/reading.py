@@ -156,10 +156,11 @@ class ReplyReader:
             yield from self._read_until_end()
         if codings and (lengths or self.head.version == 10):
             is_framed = False  # somebody on the way may have seen its end elsewhere (RFC 9112, 6.1)
+        reply = self._reply()
         options = _listed(headers, "connection")
         is_persistent = "keep-alive" in options if self.head.version == 10 else self.head.status_code != 101
         self.may_keep_connection = is_framed and is_persistent and "close" not in options
-        return self._reply()
+        return reply
 
     def _read_head(self) -> Generator[str, None, list[tuple[str, str]]]:
         """Read status and headers, which are returned as they came; informational replies are passed over."""
@@ -217,9 +218,10 @@ class ReplyReader:
             raise PeerError(TOO_LARGE, may_retry=False)
         while True:
             self._body += self._take(end - len(self._body))
-            if len(self._body) == end:
+            missing = end - len(self._body)
+            if not missing:
                 return
-            yield f"{end - len(self._body):,} bytes before the end of {of}"
+            yield f"after {size - missing:,} of {size:,} bytes of {of}"
 
     def _take_lines(self, limit: int, place: str) -> Generator[str, None, list[bytes]]:
         """Take lines up to the blank one that ends a head or a trailer, at most so many bytes."""
