@@ -55,8 +55,12 @@ PUBLIC: dict[str, dict[str, str]] = {
         "action": "(self, name: 'Any') -> 'Any'",
         "action_names": "property -> list[str]",
         "base_url": "property -> str",
-        "drop_next": "(self, times: 'int' = 1) -> 'None'",
-        "fail_next": "(self, status: 'int' = 503, times: 'int' = 1, retry_after: 'int | None' = None) -> 'None'",
+        "clear": "(self) -> 'None'",
+        "drop_next": ("(self, times: 'int' = 1, *, only: \"Optional[Literal['start', 'poll']]\" = None) -> 'None'"),
+        "fail_next": (
+            "(self, status: 'int' = 503, times: 'int' = 1, retry_after: 'Optional[int]' = None, *, "
+            "only: \"Optional[Literal['start', 'poll']]\" = None) -> 'None'"
+        ),
         "requests": "property -> list[RecordedRequest]",
         "start": "(self) -> 'None'",
         "stop": "(self) -> 'None'",
@@ -74,7 +78,10 @@ CONSTRUCTORS: dict[str, str] = {
         "backoff_coefficient: 'float') -> None"
     ),
     "SdkConfig": "(base_url: 'str', auth_token: 'str') -> None",
-    "LocalPlatform": "(*, auth_token: 'str' = 'local-token', time_scale: 'float' = 1.0, port: 'int' = 0) -> 'None'",
+    "LocalPlatform": (
+        "(*, auth_token: 'str' = 'local-token', time_scale: 'float' = 1.0, port: 'int' = 0, "
+        "rate_limit: 'Optional[float]' = None) -> 'None'"
+    ),
     "ZampError": "(message: 'str') -> 'None'",
     "HttpClientError": (
         "(message: 'str', status_code: 'int | None' = None, response_body: 'str | None' = None, *, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import http.client
 import json
 import logging
@@ -15,9 +16,12 @@ import subprocess
 import sys
 import threading
 import time
+import typing
+import weakref
 from collections.abc import Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, Callable, NamedTuple
 from unittest import mock
@@ -280,28 +284,18 @@ def test_an_exception_fails_the_action(platform: LocalPlatform, client: Client, 
     assert calls == [None, None]
 
 
-class UnprintableError(Exception):
-    def __str__(self) -> str:
-        raise RuntimeError
-
-
-def raise_unprintable(_: Any) -> None:
-    raise UnprintableError
-
-
 @pytest.mark.parametrize(
     ("function", "message"),
     [
         (lambda _: {1}, "Object of type set is not JSON serializable"),
         (lambda _: float("nan"), "Out of range float values are not JSON compliant"),
         (lambda _: next(iter([])), "StopIteration"),  # a future can't hold it
-        (raise_unprintable, "UnprintableError"),
     ],
 )
 def test_a_function_that_returns_no_json_fails(
     platform: LocalPlatform, client: Client, function: Any, message: str
 ) -> None:
-    """A result that is not JSON is FAILED with the reason, and so is none at all, whatever its exception does."""
+    """A result that is not JSON is FAILED with the reason, and so is none at all."""
     platform.action("bad")(function)
     outcome = client.execute("bad")
     assert outcome["status"] == "FAILED"
@@ -381,6 +375,218 @@ def test_an_attempt_within_its_timeout_completes(client: Client, seconds: float)
     """Every field of the wire format is accepted, and a timeout of any size harms no faster attempt."""
     fields = {"summary": "s", "retry_policy": POLICY, "start_to_close_timeout_seconds": seconds}
     assert client.execute("echo", 1, **fields) == {"status": "COMPLETED", "result": 1}
+
+
+# What actions do to what runs them
+
+
+async def exit_in_a_task(_: Any) -> str:
+    """Call sys.exit in a task of its own, which leaves the event loop at once."""
+    task = asyncio.ensure_future(leave(SystemExit("bye")))
+    await asyncio.wait({task})
+    assert task.exception()
+    return "done"
+
+
+async def interrupt_in_a_task(_: Any) -> str:
+    """Raise what Ctrl-C raises, in a task of its own."""
+    task = asyncio.ensure_future(leave(KeyboardInterrupt()))
+    await asyncio.wait({task})
+    assert task.exception()
+    return "done"
+
+
+async def await_a_task_that_exits(_: Any) -> None:
+    """Await a task that calls sys.exit."""
+    await asyncio.ensure_future(leave(SystemExit("bye")))
+
+
+async def leave(error: BaseException) -> None:
+    """Raise it."""
+    raise error
+
+
+async def interrupt(_: Any) -> None:
+    """Raise what Ctrl-C raises."""
+    raise KeyboardInterrupt
+
+
+async def cancel_all_tasks(_: Any) -> None:
+    """Cancel every task that there is, the own one too."""
+    for task in asyncio.all_tasks():
+        task.cancel()
+    await asyncio.sleep(0)
+
+
+async def stop_the_loop(_: Any) -> str:
+    """Stop the event loop, twice."""
+    for _ in range(2):
+        asyncio.get_running_loop().stop()
+        await asyncio.sleep(0)
+    return "done"
+
+
+async def close_the_loop(_: Any) -> None:
+    """Close the event loop."""
+    asyncio.get_running_loop().close()
+
+
+@pytest.mark.parametrize(
+    ("action", "outcome"),
+    [
+        (exit_in_a_task, "done"),
+        (interrupt_in_a_task, "done"),
+        (stop_the_loop, "done"),
+        (await_a_task_that_exits, "SystemExit"),
+        (interrupt, "KeyboardInterrupt"),
+        (cancel_all_tasks, "CancelledError"),
+        (close_the_loop, "RuntimeError"),
+    ],
+)
+def test_nothing_an_action_does_ends_the_platform(
+    platform: LocalPlatform, client: Client, action: Any, outcome: str
+) -> None:
+    """What an action does to its event loop is a failed attempt at worst; it gets its outcome, and so does the next."""
+    platform.action(action)
+    ended = client.execute(action.__name__)
+    assert outcome in (ended.get("result"), ended.get("error", {}).get("type"))
+    assert client.execute("echo", 1)["result"] == 1
+
+
+def test_cancelling_all_tasks_ends_only_what_is_awaited(platform: LocalPlatform, client: Client) -> None:
+    """Actions that are awaited meanwhile fail an attempt, and are tried again; functions notice nothing."""
+    go_on = threading.Event()
+    attempts = []
+
+    @platform.action
+    async def awaited(params: Any) -> int:
+        attempts.append(params)
+        if len(attempts) == 1:
+            await asyncio.sleep(60)
+        return len(attempts)
+
+    @platform.action
+    def function(params: Any) -> str:
+        return str(go_on.wait(5))
+
+    platform.action(cancel_all_tasks)
+    ids = [client.start(name, retry_policy=POLICY).body["id"] for name in ("awaited", "function")]
+    until(lambda: bool(attempts))
+    assert client.execute("cancel_all_tasks")["status"] == "FAILED"
+    assert client.outcome(ids[0]) == {"status": "COMPLETED", "result": 2}
+    go_on.set()
+    assert client.outcome(ids[1]) == {"status": "COMPLETED", "result": "True"}
+
+
+class UnprintableError(Exception):
+    """An exception whose text cannot be had."""
+
+    def __init__(self, effect: Any) -> None:
+        self.effect = effect
+
+    def __str__(self) -> str:
+        if isinstance(self.effect, BaseException):
+            raise self.effect
+        return self.effect  # type: ignore[no-any-return]  # that is the test
+
+
+@pytest.mark.parametrize("effect", [RuntimeError(), SystemExit(5), KeyboardInterrupt(), 1, None], ids=repr)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_an_exception_that_cannot_be_printed_is_told_by_its_type(
+    platform: LocalPlatform, client: Client, caplog: pytest.LogCaptureFixture, effect: Any, asynchronous: bool
+) -> None:
+    """Whatever an exception does when it is made a text of, the attempt has failed, and nothing else."""
+    caplog.set_level(logging.INFO, "zamp_sdk")
+
+    def fail(params: Any) -> None:
+        raise UnprintableError(effect)
+
+    async def fail_later(params: Any) -> None:
+        fail(params)
+
+    platform.action("fail")(fail_later if asynchronous else fail)
+    error = {"message": "UnprintableError", "type": "UnprintableError"}
+    assert client.execute("fail") == {"status": "FAILED", "error": error}
+    assert "attempt 1 of action" in caplog.text
+
+
+def test_a_log_that_cannot_be_written_keeps_no_outcome_back(platform: LocalPlatform, client: Client) -> None:
+    """A handler of the user's that raises is no reason to leave an action RUNNING."""
+
+    class Handler(logging.Handler):
+        def handle(self, record: logging.LogRecord) -> bool:
+            raise SystemExit(5)
+
+    logger, handler, level = logging.getLogger("zamp_sdk"), Handler(), logging.getLogger("zamp_sdk").level
+    platform.action("fail")(lambda _: 1 / 0)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        assert client.execute("fail")["error"]["type"] == "ZeroDivisionError"
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+
+
+def test_no_thread_to_be_had_is_a_failed_attempt(
+    platform: LocalPlatform, client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A function that finds no thread fails that attempt, and the platform answers when there are threads again."""
+    caplog.set_level(logging.INFO, "zamp_sdk")
+    usual = threading.stack_size()
+
+    @platform.action
+    def exhaust(params: Any) -> None:
+        threading.stack_size(2**47)  # more than a process can have
+        raise OSError("exhausted")
+
+    try:
+        action_id = client.start("exhaust", retry_policy={**POLICY, "maximum_attempts": 2}).body["id"]
+        until(lambda: "attempt 2 of action" in caplog.text)
+    finally:
+        threading.stack_size(usual)
+    outcome = client.outcome(action_id)
+    assert (outcome["status"], outcome["error"]["message"]) == ("FAILED", "can't start new thread")
+
+
+def test_what_ends_with_its_platform_may_cancel_all_tasks(caplog: pytest.LogCaptureFixture) -> None:
+    """An action that is cancelled by the stop, and then cancels what else there is, or exits, holds nothing up."""
+    before = threading.enumerate()
+    platform = LocalPlatform()
+    began = threading.Event()
+
+    @platform.action
+    async def clean_up(params: Any) -> None:
+        began.set()
+        try:
+            await asyncio.sleep(60)
+        finally:
+            await asyncio.wait({asyncio.ensure_future(leave(SystemExit("bye")))})
+            await cancel_all_tasks(params)
+
+    with platform:
+        Client(platform).send("POST", "/actions", start_body({"action_name": "clean_up"}, {}))
+        assert began.wait(5)
+    gc.collect()
+    assert threading.enumerate() == before
+    assert "Task was destroyed" not in caplog.text
+
+
+def test_an_action_may_stop_its_platform() -> None:
+    """A function that stops the platform it runs on is not waited for by itself."""
+    before = threading.enumerate()
+    platform = LocalPlatform()
+    stopped = threading.Event()
+
+    @platform.action
+    def stop(params: Any) -> None:
+        platform.stop()
+        stopped.set()
+
+    platform.start()
+    Client(platform).send("POST", "/actions", start_body({"action_name": "stop"}, {}))
+    assert stopped.wait(10)
+    until(lambda: threading.enumerate() == before)
 
 
 # Requests
@@ -538,6 +744,241 @@ def test_a_client_that_goes_away_is_no_error(client: Client, capfd: pytest.Captu
     assert capfd.readouterr() == ("", "")
 
 
+# Memory
+
+
+@pytest.fixture
+def forgetful(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalPlatform]:
+    """A running platform that keeps three requests and three ended actions, and of large ones 1,000 bytes."""
+    monkeypatch.setattr(local_platform, "_KEPT", 3, raising=False)
+    monkeypatch.setattr(local_platform, "_KEPT_BYTES", 1000, raising=False)
+    monkeypatch.setattr(local_platform, "_UNTOLD_BYTES", 2000, raising=False)
+    platform = LocalPlatform()
+    platform.action(echo)
+    with platform:
+        yield platform
+
+
+def test_the_newest_requests_are_kept(forgetful: LocalPlatform) -> None:
+    """Of many requests the newest are kept, in their order, and refused ones count."""
+    client = Client(forgetful)
+    for number in range(5):
+        client.poll(str(number))
+    client.send("GET", "/actions/unauthorized", Authorization="Bearer wrong")
+    assert [request.path for request in forgetful.requests] == ["/actions/3", "/actions/4", "/actions/unauthorized"]
+
+
+def test_of_large_requests_fewer_are_kept(forgetful: LocalPlatform) -> None:
+    """Bodies that are too much together are forgotten from the oldest on, and the newest is kept whatever its size."""
+    client = Client(forgetful)
+    for size in (300, 300, 600):
+        client.send("POST", "/actions", json.dumps("x" * (size - 2)))
+    assert [len(request.body) for request in forgetful.requests] == [298, 598]
+    client.send("POST", "/actions", json.dumps("x" * 5000))
+    assert [len(request.body) for request in forgetful.requests] == [5000]
+    client.send("POST", "/actions", "1")
+    assert [request.body for request in forgetful.requests] == [1]
+
+
+def test_the_newest_ended_actions_are_kept(forgetful: LocalPlatform) -> None:
+    """Of many ended actions the newest are kept, with their keys; whether they were asked for or not."""
+    for is_told in (True, False):
+        forgetful.clear()
+        client = Client(forgetful)
+        ids = []
+        for number in range(5):
+            ids.append(client.start("echo", number, key=f"{is_told}-{number}").body["id"])
+            until(lambda: not forgetful._running)
+            if is_told:
+                client.outcome(ids[-1])
+        assert [client.start("echo", number, key=f"{is_told}-{number}").body["id"] for number in range(5)] == ids
+        assert [client.poll(action_id).status for action_id in ids[2:]] == [200] * 3
+
+
+def test_a_forgotten_action_is_unknown(forgetful: LocalPlatform) -> None:
+    """What is over the bound is 404, as an id that nobody was given."""
+    client = Client(forgetful)
+    ids = [client.start("echo").body["id"] for _ in range(2)]
+    for action_id in ids:
+        client.outcome(action_id)
+    for _ in range(3):
+        client.execute("echo")
+    assert [client.poll(action_id).status for action_id in ids] == [404, 404]
+
+
+def test_a_running_action_is_never_forgotten(forgetful: LocalPlatform) -> None:
+    """However many end meanwhile, and whatever is cleared, an action that runs is known, and its key with it."""
+    go_on = threading.Event()
+    forgetful.action("wait")(lambda _: go_on.wait(10))
+    client = Client(forgetful)
+    action_id = client.start("wait", key="k").body["id"]
+    for _ in range(5):
+        client.execute("echo")
+    forgetful.clear()
+    assert client.start("wait", key="k").body["id"] == action_id
+    assert client.poll(action_id).body["status"] == "RUNNING"
+    go_on.set()
+    assert client.outcome(action_id) == {"status": "COMPLETED", "result": True}
+
+
+def test_large_outcomes_are_kept_until_they_are_told(forgetful: LocalPlatform) -> None:
+    """What clients have been told is forgotten before what none has asked for, which may be asked for any time."""
+    client = Client(forgetful)
+    ids = [client.start("echo", "x" * 600).body["id"] for _ in range(3)]
+    until(lambda: not forgetful._running)
+    statuses = [client.poll(action_id).body["status"] for action_id in ids]
+    assert statuses == ["COMPLETED"] * 3
+    assert [client.poll(action_id).status for action_id in ids] == [404, 404, 200]
+
+
+def test_threads_that_have_ended_are_forgotten(platform: LocalPlatform, client: Client) -> None:
+    """Of the threads that ran functions and connections only so many are kept as run at once."""
+    threads: set[weakref.ref[threading.Thread]] = set()
+    platform.action("note")(lambda _: threads.add(weakref.ref(threading.current_thread())))
+    for _ in range(400):
+        client.start("note")
+    until(lambda: len(threads) == 400)
+    gc.collect()
+    assert sum(reference() is not None for reference in threads) < 300
+
+
+def test_clear_forgets_what_a_test_has_left(platform: LocalPlatform, client: Client) -> None:
+    """Between two tests that share a platform, requests, planned faults and ended actions can be forgotten."""
+    first = client.start("echo", 1, key="k").body["id"]
+    client.outcome(first)
+    platform.fail_next(times=9)
+    platform.drop_next(only="poll")
+    platform.clear()
+    assert platform.requests == []
+    assert client.poll(first).status == 404
+    assert client.execute("echo", 2, key="k")["result"] == 2
+    assert platform.requests[0].path.endswith(first)
+
+
+# The rate limit
+
+
+def test_requests_over_the_rate_limit_are_429() -> None:
+    """A second's worth of requests is answered, each other one as its turn comes, and those over it get Retry-After."""
+    begin = time.monotonic()
+    with LocalPlatform(rate_limit=20) as platform:
+        client = Client(platform)
+        with ThreadPoolExecutor(8) as pool:
+            replies = list(pool.map(client.poll, ["x"] * 100))
+        answered = [reply for reply in replies if reply.status == 404]
+        refused = [reply for reply in replies if reply.status == 429]
+        assert len(answered) + len(refused) == 100
+        assert 20 <= len(answered) <= 20 + 20 * (time.monotonic() - begin)
+        assert {reply.headers["Retry-After"] for reply in refused} <= {"1"}
+        until(lambda: client.poll("x").status == 404)
+
+
+def test_what_the_rate_limit_refuses_was_not_processed() -> None:
+    """A refused request is recorded, starts nothing, uses up no fault, and is told when to come back."""
+    with LocalPlatform(rate_limit=0.01) as platform:
+        calls: list[Any] = []
+        platform.action("count")(calls.append)
+        platform.fail_next()
+        client = Client(platform)
+        assert client.send("GET", "/actions/x", Authorization="Bearer wrong").status == 401  # counts against nobody
+        assert client.start("count", 1).status == 503
+        reply = client.start("count", 2)
+        assert (reply.status, reply.message) == (429, "over 0.01 requests a second")
+        assert 1 <= int(reply.headers["Retry-After"]) <= 100
+        assert [request.body["params"] for request in platform.requests[1:]] == [1, 2]
+        platform.clear()
+        assert client.start("count", 3).status == 200
+        until(lambda: calls == [3])
+
+
+def test_the_smallest_rate_limit_can_be_told() -> None:
+    """However seldom a platform may be asked, its Retry-After is a number."""
+    with LocalPlatform(rate_limit=sys.float_info.min) as platform:
+        replies = [Client(platform).poll("x") for _ in range(2)]
+    assert [reply.status for reply in replies] == [404, 429]
+    assert int(replies[1].headers["Retry-After"]) > 1
+
+
+# What cannot be
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"time_scale": "1"}, TypeError, "time_scale must be a finite number, not negative, not str"),
+        ({"time_scale": None}, TypeError, "time_scale"),
+        ({"time_scale": True}, TypeError, "time_scale"),
+        ({"time_scale": float("nan")}, ValueError, "time_scale must be a finite number, not negative, not nan"),
+        ({"time_scale": float("inf")}, ValueError, "time_scale"),
+        ({"time_scale": 10**400}, ValueError, "time_scale"),
+        ({"time_scale": -0.1}, ValueError, "time_scale"),
+        ({"port": "80"}, TypeError, "port must be a whole number from 0 to 65535, not str"),
+        ({"port": 80.0}, TypeError, "port"),
+        ({"port": None}, TypeError, "port"),
+        ({"port": False}, TypeError, "port"),
+        ({"port": -1}, ValueError, "port must be a whole number from 0 to 65535, not -1"),
+        ({"port": 65536}, ValueError, "port"),
+        ({"auth_token": None}, TypeError, "auth_token must be text, not NoneType"),
+        ({"auth_token": b"x"}, TypeError, "auth_token"),
+        ({"auth_token": ""}, ValueError, "auth_token must be printable ASCII without white space, and not empty"),
+        ({"auth_token": "a b"}, ValueError, "auth_token"),
+        ({"auth_token": "a\n"}, ValueError, "auth_token"),
+        ({"auth_token": "é"}, ValueError, "auth_token"),
+        ({"rate_limit": "100"}, TypeError, "rate_limit must be a finite number above 0, not str"),
+        ({"rate_limit": True}, TypeError, "rate_limit"),
+        ({"rate_limit": 0}, ValueError, "rate_limit must be a finite number above 0, not 0"),
+        ({"rate_limit": -1}, ValueError, "rate_limit"),
+        ({"rate_limit": float("nan")}, ValueError, "rate_limit"),
+        ({"rate_limit": float("inf")}, ValueError, "rate_limit"),
+    ],
+    ids=repr,
+)
+def test_a_platform_that_cannot_be_is_refused(arguments: Any, error: type[Exception], message: str) -> None:
+    """An argument of the wrong type is a TypeError, one out of its range a ValueError, and both name it."""
+    with pytest.raises(error, match=message):
+        LocalPlatform(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("method", "arguments", "error"),
+    [
+        ("fail_next", {"status": 0}, ValueError("status must be a whole number from 200 to 599, not 0")),
+        ("fail_next", {"status": 100}, ValueError("status")),
+        ("fail_next", {"status": 600}, ValueError("status")),
+        ("fail_next", {"status": "503"}, TypeError("status must be a whole number from 200 to 599, not str")),
+        ("fail_next", {"status": 503.0}, TypeError("status")),
+        ("fail_next", {"status": True}, TypeError("status")),
+        ("fail_next", {"times": -1}, ValueError("times must be a whole number, not negative, not -1")),
+        ("fail_next", {"times": "2"}, TypeError("times")),
+        ("fail_next", {"times": None}, TypeError("times")),
+        ("fail_next", {"retry_after": -1}, ValueError("retry_after must be whole seconds, not negative, not -1")),
+        ("fail_next", {"retry_after": 1.5}, TypeError("retry_after must be whole seconds, not negative, not float")),
+        ("fail_next", {"retry_after": "1\r\nX: y"}, TypeError("retry_after")),
+        ("fail_next", {"retry_after": True}, TypeError("retry_after")),
+        ("fail_next", {"only": "POST"}, ValueError("only must be 'start' or 'poll', not 'POST'")),
+        ("fail_next", {"only": []}, ValueError("only must be 'start' or 'poll'")),
+        ("drop_next", {"times": -1}, ValueError("times must be a whole number, not negative, not -1")),
+        ("drop_next", {"times": 1.0}, TypeError("times")),
+        ("drop_next", {"times": True}, TypeError("times")),
+        ("drop_next", {"only": ""}, ValueError("only")),
+    ],
+    ids=repr,
+)
+def test_a_fault_that_cannot_be_is_refused(
+    platform: LocalPlatform, client: Client, method: str, arguments: Any, error: Exception
+) -> None:
+    """What no platform can do is refused where it is planned, and nothing is planned."""
+    with pytest.raises(type(error), match=str(error)):
+        getattr(platform, method)(**arguments)
+    assert client.execute("echo", 1)["result"] == 1
+
+
+@pytest.mark.parametrize("name", ["__init__", "action", "fail_next", "drop_next", "clear", "start", "stop"])
+def test_type_hints_can_be_read(name: str) -> None:
+    """What tools read with typing.get_type_hints can be read on every Python."""
+    assert "return" in typing.get_type_hints(getattr(LocalPlatform, name))
+
+
 # Faults
 
 
@@ -567,6 +1008,29 @@ def test_drop_next_closes_without_an_answer(platform: LocalPlatform, client: Cli
     assert [request.path for request in platform.requests] == ["/actions"] * 2
     assert client.execute("echo", 1)["result"] == 1
     assert calls == []
+
+
+def test_a_fault_can_be_aimed(platform: LocalPlatform, client: Client) -> None:
+    """A fault for starts or for polls leaves the others alone; those that fit come in the order they were planned."""
+    platform.fail_next(500, times=2, only="poll")
+    platform.fail_next(HTTPStatus.BAD_GATEWAY, only="start")
+    platform.fail_next(504)
+    platform.drop_next(only="poll")
+    assert [client.start("echo").status for _ in range(2)] == [502, 504]
+    action_id = client.start("echo").body["id"]
+    assert [client.poll(action_id).status for _ in range(2)] == [500, 500]
+    with pytest.raises(http.client.RemoteDisconnected):
+        client.poll(action_id)
+    assert client.outcome(action_id)["status"] == "COMPLETED"
+
+
+def test_many_faults_take_no_more_room_than_one(platform: LocalPlatform, client: Client) -> None:
+    """A platform that is to fail for ever can be planned, and planning nothing is no fault."""
+    platform.fail_next(times=0)
+    platform.drop_next(times=0)
+    assert client.poll("x").status == 404
+    platform.fail_next(times=10**18)
+    assert [client.poll("x").status for _ in range(3)] == [503] * 3
 
 
 def test_faults_can_be_planned_ahead_and_end_with_the_run() -> None:
@@ -720,7 +1184,7 @@ def test_stop_waits_for_no_client(begin: bytes) -> None:
     platform.start()
     with connect(platform) as connection:
         connection.sendall(begin)
-        until(lambda: len(threading.enumerate()) > len(before) + 2)
+        until(lambda: len(threading.enumerate()) > len(before) + 3)  # the connection's thread, after the platform's own
         stopping = threading.Thread(target=platform.stop)
         stopping.start()
         for _ in range(100):  # a byte every 20 ms, for 2 s
@@ -741,6 +1205,111 @@ def until(condition: Callable[[], bool]) -> None:
             return
         time.sleep(0.01)
     raise AssertionError("it never came to that")
+
+
+def test_a_client_may_take_its_time(client: Client) -> None:
+    """A client on a busy machine that connects, and says nothing for over two seconds, is answered all the same."""
+    with contextlib.closing(http.client.HTTPConnection(client.address, timeout=30)) as connection:
+        connection.connect()
+        time.sleep(2.2)
+        connection.request("GET", "/actions/x", headers=client.headers)
+        assert connection.getresponse().status == 404
+
+
+CHILD = """
+import json, multiprocessing, os, sys, time, urllib.request
+from zamp_sdk.local_platform import LocalPlatform
+
+def call(platform):
+    body = b'{"action_name": "double", "params": 1, "is_external_action": true}'
+    request = urllib.request.Request(platform.base_url + "/actions", body, {"Authorization": "Bearer local-token"})
+    with urllib.request.build_opener(urllib.request.ProxyHandler({})).open(request, timeout=10) as response:
+        assert json.load(response)["id"]
+
+platform = LocalPlatform()
+platform.action("double")(lambda params: 2 * params)
+
+def child():
+    STATEMENT
+
+def run_child():
+    child_id = os.fork()
+    if not child_id:
+        child()
+        sys.exit(7)  # as any program ends: atexit, and what waits for threads
+    for _ in range(1000):
+        ended, status = os.waitpid(child_id, os.WNOHANG)
+        if ended:
+            return status >> 8
+        time.sleep(0.01)
+    os.kill(child_id, 9)
+    os.waitpid(child_id, 0)
+    return "hangs"
+
+with platform:
+    print(run_child())
+    call(platform)
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(10)
+    print(process.exitcode)
+    if process.exitcode is None:
+        process.kill()
+    call(platform)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "pass",
+        "platform.stop()",
+        "platform.__exit__()",
+        "call(platform)",
+        "platform.start(); call(platform); platform.stop()",
+        "platform.start(); call(platform)",
+        "other = LocalPlatform(); other.action('double')(len); other.start(); call(other); other.stop()",
+    ],
+)
+def test_a_forked_child_does_nothing_to_the_platform(statement: str) -> None:
+    """Only the process that started a platform stops it; a child ends as any does, may call it, or start its own."""
+    program = CHILD.replace("STATEMENT", statement)
+    assert run_program(program) == (0, "7\n0\n", "")
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork on this system")
+@pytest.mark.skipif(sys.platform == "darwin", reason="a socket that listens cannot be shut down there")
+def test_a_forked_child_does_not_keep_the_port() -> None:
+    """A port can be listened on again while a child lives that was forked meanwhile."""
+    program = """
+import multiprocessing, time
+from zamp_sdk.local_platform import LocalPlatform
+with LocalPlatform() as platform:
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    child.start()
+    port = int(platform.base_url.rpartition(":")[2])
+try:
+    with LocalPlatform(port=port):
+        print("listens")
+finally:
+    child.kill()
+    child.join()
+"""
+    assert run_program(program) == (0, "listens\n", "")
+
+
+def run_program(program: str) -> tuple[int, str, str]:
+    """Run a program that forks while it has threads, of which Python 3.12 and later warn; return how it ended."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", program],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return done.returncode, done.stdout, done.stderr
 
 
 def test_stop_leaves_a_function_that_does_not_return(

@@ -1,11 +1,18 @@
 """The Zamp API on 127.0.0.1: for trying things without an account, and for users' own tests.
 
-It spells the wire format out itself, to check the client and not to echo it.
+It spells the wire format out itself, to check the client and not to echo it. Four parts, in this order:
 
-An event loop in a thread of its own runs the actions: it awaits what is awaitable and gives plain functions a thread
-each. Another thread accepts connections; each connection gets a thread and one request, which is judged as soon as
-that can be done: by its Host and its token before a byte of its body is read. `stop` shuts the connections, so that no
-thread waits for a client.
+- `LocalPlatform` is what users see. It judges each request, and remembers requests, planned faults and actions.
+- `_Runner` runs the actions. It has two event loops, each in a thread of its own. One is the platform's: attempts,
+  timeouts and retries are decided there, and no action is run in it. The other is for what actions await:
+  whatever an action does to it (`sys.exit` in a task, cancelling all tasks, `loop.stop()`), it is run on. Functions
+  that are no coroutine functions get a thread each.
+- `_Server` accepts connections; each gets a thread and carries one request, which is judged as soon as that can be
+  done: by its Host and its token before a byte of its body is read.
+- `_checked` checks a start's body.
+
+A platform belongs to the process that started it: in a forked child, which has none of its threads, `stop` does
+nothing. `stop` ends the server first, so that nothing new begins; then the platform's loop; then the actions'.
 """
 
 from __future__ import annotations
@@ -15,27 +22,37 @@ import atexit
 import contextlib
 import copy
 import inspect
+import itertools
 import json
 import logging
+import math
 import os
 import re
 import socket
 import sys
 import threading
 import time
+import uuid
+from collections import OrderedDict
 from concurrent.futures import Future
+from dataclasses import dataclass
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler
 from socketserver import ThreadingTCPServer
-from typing import Any, Callable, Mapping, NamedTuple, TypeVar, overload
+from typing import Any, Callable, Coroutine, Literal, Mapping, NamedTuple, Optional, TypeVar, overload
 
 from .action_executor.models import RetryPolicy
 
 _logger = logging.getLogger("zamp_sdk")
 
 _STOP_SECONDS = 5.0  # for functions, which cannot be ended from outside
-_IDLE_SECONDS = 2.0  # for a client's next bytes, and for it to read why its body was not read
+_IDLE_SECONDS = 60.0  # for a client's next bytes: a busy machine can take long between connecting and sending
+_LINGER_SECONDS = 2.0  # for a client to read why its body was not read
 _MAX_BODY = 64 * 2**20  # bytes of a request: as many as the SDK reads of a reply
+
+_KEPT = 10_000  # requests, and ended actions: more than a test looks at, and a few dozen megabytes
+_KEPT_BYTES = 64 * 2**20  # of JSON, in the requests that are kept, and in the outcomes that a client has been told
+_UNTOLD_BYTES = 2**30  # of JSON, in outcomes that no client has been told: who started them may be about to ask
 
 # What a client on this machine calls it, at whatever port a tunnel may have. A web page that has its own name point
 # here (DNS rebinding) sends that name.
@@ -59,26 +76,58 @@ class LocalPlatform:
     """The Zamp API on 127.0.0.1, running the functions registered with ``action``; safe to use from any thread.
 
     It answers requests that have its token and name 127.0.0.1 or localhost as their host, so that no web page can have
-    them sent, with bodies of up to 64 MiB.
+    them sent, with bodies of up to 64 MiB. Its memory is bounded: it knows all actions that run, the newest 10,000
+    that have ended, and the newest 10,000 requests; of large ones fewer (64 MiB of JSON in requests, 64 MiB in
+    outcomes that a client has been told, 1 GiB in those that none has).
 
     Args:
-        auth_token: The token that clients must send.
+        auth_token: The token that clients must send: printable ASCII without white space.
         time_scale: Factor on the intervals between attempts: with 0.001 an interval of 30 s takes 30 ms.
         port: The port to listen on; 0 picks a free one at each start.
+        rate_limit: How many requests a second it takes, with a burst of as many; what is over it gets 429 with
+            ``Retry-After`` in whole seconds. Default: no limit.
+
+    Raises:
+        TypeError: An argument has the wrong type.
+        ValueError: An argument is out of its range.
     """
 
-    def __init__(self, *, auth_token: str = "local-token", time_scale: float = 1.0, port: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        auth_token: str = "local-token",
+        time_scale: float = 1.0,
+        port: int = 0,
+        rate_limit: Optional[float] = None,
+    ) -> None:
+        if not isinstance(auth_token, str):
+            raise TypeError(f"auth_token must be text, not {type(auth_token).__name__}")
+        if not re.fullmatch("[!-~]+", auth_token):
+            raise ValueError("auth_token must be printable ASCII without white space, and not empty (RFC 6750)")
+        _check_number("time_scale", time_scale, "a finite number, not negative", most=sys.float_info.max)
+        _check_number("port", port, "a whole number from 0 to 65535", int, most=65535)
+        if rate_limit is not None:
+            least, most = sys.float_info.min, sys.float_info.max
+            _check_number("rate_limit", rate_limit, "a finite number above 0", least=least, most=most)
         self.auth_token = auth_token
         self._time_scale = time_scale
         self._port = port
+        self._rate_limit = rate_limit
         self._functions: dict[str, _Function] = {}
-        self._requests: list[RecordedRequest] = []  # shared by threads, as the next three: atomic methods only
-        self._faults: list[Exception] = []
-        self._ids: dict[str, str] = {}  # by idempotency key
-        self._outcomes: dict[str, _Object] = {}  # by id
-        self._threads: list[threading.Thread] = []  # the event loop's is the first
-        self._lock = threading.Lock()  # guards the one below
+        self._faults: list[_Fault] = []
+        self._requests = _Newest(_KEPT_BYTES)
+        self._numbers = itertools.count()  # of the requests
+        self._running: set[str] = set()  # ids of actions
+        self._untold = _Newest(_UNTOLD_BYTES)  # outcomes by id, as JSON: those that no client has been told
+        self._told = _Newest(_KEPT_BYTES)  # and those that one has
+        self._own()
+
+    def _own(self) -> None:
+        """Belong to this process, and have no thread yet."""
+        self._process = os.getpid()
         self._server: _Server | None = None
+        self._starting = threading.Lock()  # held by start and stop: guards the server and the runner
+        self._lock = threading.Lock()  # held for moments: guards all that is remembered
 
     @overload
     def action(self, name: _F) -> _F: ...
@@ -127,49 +176,93 @@ class LocalPlatform:
 
     @property
     def requests(self) -> list[RecordedRequest]:
-        """The requests since the last start: a copy."""
-        return self._requests.copy()
+        """The newest 10,000 requests (up to 64 MiB of bodies) since the last start or ``clear``: a copy."""
+        with self._lock:
+            return self._requests.values()
 
-    def fail_next(self, status: int = 503, times: int = 1, retry_after: int | None = None) -> None:
-        """Refuse the next ``times`` requests with ``status``, and with ``Retry-After`` if seconds are given."""
-        headers = [] if retry_after is None else [f"Retry-After: {retry_after}"]
-        self._faults.extend([_RefusedError(status, "planned with fail_next", *headers)] * times)
+    def fail_next(
+        self,
+        status: int = 503,
+        times: int = 1,
+        retry_after: Optional[int] = None,
+        *,
+        only: Optional[Literal["start", "poll"]] = None,
+    ) -> None:
+        """Refuse the next requests.
 
-    def drop_next(self, times: int = 1) -> None:
-        """Close the connections of the next ``times`` requests instead of answering them."""
-        self._faults.extend([ConnectionAbortedError()] * times)
+        Args:
+            status: The HTTP status to refuse them with, from 200 to 599.
+            times: How many to refuse.
+            retry_after: The seconds to send as ``Retry-After``; default: none is sent.
+            only: Refuse only starts, or only polls; the others are answered as usual meanwhile.
+
+        Raises:
+            TypeError: An argument has the wrong type.
+            ValueError: An argument is out of its range.
+        """
+        _check_number("status", status, "a whole number from 200 to 599", int, least=200, most=599)
+        headers = []
+        if retry_after is not None:
+            _check_number("retry_after", retry_after, "whole seconds, not negative", int)
+            headers = [f"Retry-After: {retry_after}"]
+        self._plan((int(status), "planned with fail_next", *headers), times, only)
+
+    def drop_next(self, times: int = 1, *, only: Optional[Literal["start", "poll"]] = None) -> None:
+        """Close the connections of the next ``times`` requests, or starts, or polls, instead of answering them.
+
+        Raises:
+            TypeError: ``times`` is no whole number.
+            ValueError: ``times`` is negative, or ``only`` is neither ``"start"`` nor ``"poll"``.
+        """
+        self._plan(None, times, only)
+
+    def clear(self) -> None:
+        """Forget requests, ended actions, the faults that are left, and what counted against the rate limit.
+
+        For between two tests that share a platform. Actions that run go on, and stay known.
+        """
+        with self._lock:
+            self._faults.clear()
+            self._forget()
 
     def start(self) -> None:
-        """Listen and answer until ``stop``, with no memory of earlier runs."""
-        with self._lock:
+        """Listen and answer until ``stop``, with no memory of earlier runs.
+
+        Raises:
+            RuntimeError: It runs already.
+            OSError: The port cannot be listened on.
+        """
+        if self._process != os.getpid():
+            self._own()
+        with self._starting:
             if self._server is not None:
                 raise RuntimeError("the local platform is already running")
-            for memory in (self._requests, self._ids, self._outcomes):
-                memory.clear()
-            self._server = server = _Server(("127.0.0.1", self._port), _Handler)
-            server.admit, server.answer = self._admit, self._answer
-            serving: Future[None] = Future()  # from Python 3.12 on an ending program starts no thread
-            self._run_in_thread(lambda: asyncio.run(self._main(server, serving), debug=False))
-            serving.result()
+            server = _Server(self._port, self._admit, self._answer)
+            with self._lock:
+                self._forget()
+                self._running.clear()
+                self._run_id = uuid.uuid4()
+            self._runner = _Runner(self._time_scale)
+            server.serve()
+            self._server = server
             atexit.register(self.stop)  # Python 3.9 can crash where daemon threads are busy
 
     def stop(self) -> None:
         """Stop listening, forget planned faults, cancel coroutines, and wait up to 5 s for functions to return.
 
-        Connections are closed, whatever their clients are doing.
+        Connections are closed, whatever their clients are doing. In a forked child it does nothing: the platform
+        belongs to the process that started it.
         """
-        with self._lock:
+        if self._process != os.getpid():
+            return
+        with self._starting:
             if self._server is not None:
-                self._server.shutdown()
-            self._server = None
-            deadline = time.monotonic() + _STOP_SECONDS
-            for thread in self._threads:  # it grows until the first, the event loop's, has ended
-                thread.join(max(0.0, deadline - time.monotonic()))
-                if thread.is_alive():
-                    _logger.warning("a function that does not return was left behind")
-            self._threads.clear()
-            self._faults.clear()
-            atexit.unregister(self.stop)
+                self._server.stop()
+                self._server = None
+                self._runner.stop()
+                atexit.unregister(self.stop)
+            with self._lock:
+                self._faults.clear()
 
     def __enter__(self) -> LocalPlatform:
         self.start()
@@ -178,12 +271,25 @@ class LocalPlatform:
     def __exit__(self, *exc_info: object) -> None:
         self.stop()
 
+    def _plan(self, refusal: tuple[Any, ...] | None, times: int, only: str | None) -> None:
+        _check_number("times", times, "a whole number, not negative", int)
+        if only not in (None, "start", "poll"):
+            raise ValueError(f"only must be 'start' or 'poll', not {only!r}")
+        with self._lock:
+            self._faults.append(_Fault(refusal, times, only))
+
+    def _forget(self) -> None:
+        for memory in (self._requests, self._untold, self._told):
+            memory.clear()
+        self._tokens = math.inf  # of the rate limit's bucket: it is full
+        self._refilled = time.monotonic()
+
     def _admit(self, request: RecordedRequest) -> int:
         """Return how many bytes of body to read; refuse a request whose body is not even to be read."""
         try:
             return self._body_length(request)
         except _RefusedError:
-            self._record(request)
+            self._record(request, 0)
             raise
 
     def _body_length(self, request: RecordedRequest) -> int:
@@ -199,130 +305,362 @@ class LocalPlatform:
             raise _RefusedError(413, f"the body must not be over {_MAX_BODY} bytes long")
         return int(length)
 
-    def _record(self, request: RecordedRequest) -> None:
+    def _record(self, request: RecordedRequest, size: int) -> None:
         headers = {name: "***" if name == "authorization" else value for name, value in request.headers.items()}
-        self._requests.append(request._replace(headers=headers))
+        with self._lock:
+            self._requests.add(next(self._numbers), request._replace(headers=headers), size)
 
-    def _answer(self, request: RecordedRequest) -> _Object:
-        self._record(request)
-        with contextlib.suppress(IndexError):  # no fault is planned
-            raise self._faults.pop(0)
+    def _answer(self, request: RecordedRequest, size: int) -> _Object:
+        self._record(request, size)
+        with self._lock:
+            self._keep_to_the_rate_limit()
+            self._meet_a_fault("start" if request.method == "POST" else "poll")
         if (request.method, request.path) == ("POST", "/actions"):
             return {"id": self._start(_checked(request.body), request.headers.get("idempotency-key"))}
         parent, _, action_id = request.path.rpartition("/")
         if (request.method, parent) != ("GET", "/actions"):
             raise _RefusedError(404, f"no such path: {request.method} {request.path}")
-        if action_id not in self._outcomes:
-            raise _RefusedError(404, f"unknown action id: {action_id}")
-        return {"id": action_id, **self._outcomes[action_id]}
+        return {"id": action_id, **self._poll(action_id)}
+
+    def _keep_to_the_rate_limit(self) -> None:
+        """Take a token out of the bucket, which holds a second's worth of them; refuse the request if it is empty."""
+        rate = self._rate_limit
+        if rate is None:
+            return
+        now = time.monotonic()
+        self._tokens = min(max(1.0, rate), self._tokens + (now - self._refilled) * rate)
+        self._refilled = now
+        if self._tokens < 1:
+            seconds = math.ceil((1 - self._tokens) / rate)  # at least 1, for it is more than 0
+            raise _RefusedError(429, f"over {rate:g} requests a second", f"Retry-After: {seconds}")
+        self._tokens -= 1
+
+    def _meet_a_fault(self, kind: str) -> None:
+        self._faults = [fault for fault in self._faults if fault.times]
+        for fault in self._faults:
+            if fault.only in (None, kind):
+                fault.times -= 1
+                raise ConnectionAbortedError if fault.refusal is None else _RefusedError(*fault.refusal)
 
     def _start(self, start: _Object, key: str | None) -> str:
         name = start["action_name"]
         if name not in self._functions:
             raise _RefusedError(404, f"unknown action {name!r}; registered: {', '.join(self.action_names) or 'none'}")
-        new_id = f"act_{os.urandom(8).hex()}"
-        self._outcomes[new_id] = {"status": "RUNNING"}  # before others are told the id
-        action_id = self._ids.setdefault(key or new_id, new_id)
-        if action_id == new_id:
-            asyncio.run_coroutine_threadsafe(self._execute(action_id, self._functions[name], start), self._loop)
+        # The id is made from the key, so that the same start sent again is the same action.
+        action_id = f"act_{uuid.uuid5(self._run_id, key or os.urandom(16).hex()).hex[:16]}"
+        with self._lock:
+            if action_id in self._running or action_id in self._untold or action_id in self._told:
+                return action_id
+            self._running.add(action_id)
+
+        def end(ended: Future[str]) -> None:
+            if not ended.cancelled():  # as `stop` cancels it
+                outcome = ended.result()
+                with self._lock:
+                    self._running.discard(action_id)
+                    self._untold.add(action_id, outcome, len(outcome))
+
+        self._runner.run(action_id, self._functions[name], start).add_done_callback(end)
         return action_id
 
-    async def _main(self, server: _Server, serving: Future[None]) -> None:
-        self._loop = asyncio.get_running_loop()
-        end = self._run_in_thread(server.serve)
-        serving.set_result(None)
-        await asyncio.wrap_future(end)
-        # Then asyncio.run cancels all tasks, and so the actions.
-
-    async def _execute(self, action_id: str, function: _Function, start: _Object) -> None:
-        name, policy = start["action_name"], start["retry_policy"]
-        interval = policy.initial_interval.total_seconds()
-        attempt = 0
-        while True:
-            attempt += 1
-            ended = await self._attempt(function, start["params"], start["start_to_close_timeout_seconds"])
-            if not isinstance(ended, _Failure):
-                break
-            _logger.info("attempt %d of action %s (%r) failed", attempt, action_id, name, exc_info=ended.error)
-            if attempt == policy.maximum_attempts:  # 0 is no limit, for no attempt has that number
-                ended = ended.outcome()
-                break
-            await asyncio.sleep(interval * self._time_scale)
-            interval = min(interval * policy.backoff_coefficient, policy.maximum_interval.total_seconds())
-        self._outcomes[action_id] = ended
-
-    async def _attempt(self, function: _Function, params: Any, timeout: float) -> _Object | _Failure:
-        attempt = asyncio.ensure_future(self._perform(function, params))
-        try:
-            await asyncio.wait({attempt}, timeout=timeout)
-            if attempt.done():
-                return attempt.result()
-            error = TimeoutError(f"the attempt took over {timeout} s, its start-to-close timeout")
-            return _Failure("TIMED_OUT", error)
-        finally:
-            attempt.cancel()
-
-    async def _perform(self, function: _Function, params: Any) -> _Object | _Failure:
-        """Call the function, and await what can be awaited of what it returns."""
-        if inspect.iscoroutinefunction(function):
-            return await _awaited(_called(function, params))
-        calling = self._run_in_thread(lambda: _called(function, params))
-        try:
-            called = await asyncio.wrap_future(calling)
-        except asyncio.CancelledError:
-            calling.add_done_callback(_drop)
-            raise
-        return await _awaited(called)
-
-    def _run_in_thread(self, function: Callable[[], Any]) -> Future[Any]:
-        result: Future[Any] = Future()
-        result.set_running_or_notify_cancel()  # it cannot be cancelled, only left behind
-        # A daemon: no function can keep the program from exiting.
-        thread = threading.Thread(target=lambda: result.set_result(function()), name="zamp-local-platform", daemon=True)
-        self._threads.append(thread)
-        thread.start()
-        return result
+    def _poll(self, action_id: str) -> _Object:
+        with self._lock:
+            if action_id in self._running:
+                return {"status": "RUNNING"}
+            outcome = self._untold.pop(action_id) or self._told.pop(action_id)
+            if outcome is None:
+                raise _RefusedError(404, f"unknown action id: {action_id}")
+            self._told.add(action_id, outcome, len(outcome))
+        told: _Object = json.loads(outcome)
+        return told
 
 
 class _RefusedError(Exception):
     """An error to answer with: its status, its message, and lines for the reply's header."""
 
 
-class _Failure(NamedTuple):
-    """How an attempt failed."""
+@dataclass
+class _Fault:
+    """A planned fault: what to refuse requests with (None: no answer at all), how many, and which (None: any)."""
 
-    status: str
-    error: BaseException
+    refusal: tuple[Any, ...] | None
+    times: int
+    only: str | None
 
-    def outcome(self) -> _Object:
-        message = kind = type(self.error).__name__
-        with contextlib.suppress(Exception):  # not every exception can be printed
-            message = str(self.error) or kind
-        return {"status": self.status, "error": {"message": message, "type": kind}}
+
+class _Newest:
+    """The newest entries by key: at most ``_KEPT``, and of large ones fewer, but always the last."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self.clear()
+
+    def clear(self) -> None:
+        self._entries: OrderedDict[Any, tuple[Any, int]] = OrderedDict()
+        self._bytes = 0
+
+    def add(self, key: Any, value: Any, size: int) -> None:
+        self._entries[key] = value, size
+        self._bytes += size
+        while len(self._entries) > _KEPT or (self._bytes > self._max_bytes and len(self._entries) > 1):
+            self.pop(next(iter(self._entries)))
+
+    def pop(self, key: Any) -> Any:
+        """Remove and return a value; None if it is not there."""
+        value, size = self._entries.pop(key, (None, 0))
+        self._bytes -= size
+        return value
+
+    def values(self) -> list[Any]:
+        return [value for value, _ in self._entries.values()]
+
+    def __contains__(self, key: Any) -> bool:
+        return key in self._entries
+
+
+def _check_number(
+    name: str, value: Any, expected: str, kinds: Any = (int, float), *, least: float = 0, most: float = math.inf
+) -> None:
+    """Say what an argument must be; a bool is no number."""
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise TypeError(f"{name} must be {expected}, not {type(value).__name__}")
+    if not least <= value <= most:
+        raise ValueError(f"{name} must be {expected}, not {value!r}")
+
+
+def _definition(function: _Function) -> Any:
+    """Tell where a function is defined; what does not say is only the same as itself."""
+    place = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
+    return place if all(isinstance(name, str) for name in place) else id(function)
+
+
+# Running actions.
+
+
+class _Ended(NamedTuple):
+    """How an attempt ended: the outcome as JSON, and what was raised if it failed."""
+
+    outcome: str
+    error: BaseException | None
+
+
+class _Runner:
+    """Runs actions until it is stopped."""
+
+    def __init__(self, time_scale: float) -> None:
+        self._time_scale = time_scale
+        self._functions = _Threads()  # started by the platform's loop only
+        self._platform_loop = _LoopThread()
+        self._actions_loop = _LoopThread()
+
+    def run(self, action_id: str, function: _Function, start: _Object) -> Future[str]:
+        """Run an action to its end; the result is its outcome as JSON."""
+        return self._platform_loop.run(self._execute(action_id, function, start))
+
+    def stop(self) -> None:
+        """Cancel what runs, and wait for it a bounded time."""
+        deadline = time.monotonic() + _STOP_SECONDS
+        self._platform_loop.stop(deadline)
+        self._actions_loop.stop(deadline)
+        self._functions.join(deadline)
+
+    async def _execute(self, action_id: str, function: _Function, start: _Object) -> str:
+        name, policy = start["action_name"], start["retry_policy"]
+        interval = policy.initial_interval.total_seconds()
+        attempt = 0
+        while True:
+            attempt += 1
+            ended = await self._attempt(function, start["params"], start["start_to_close_timeout_seconds"])
+            if ended.error is None:
+                break
+            with contextlib.suppress(BaseException):  # what prints exceptions and takes records is the user's, too
+                _logger.info("attempt %d of action %s (%r) failed", attempt, action_id, name, exc_info=ended.error)
+            if attempt == policy.maximum_attempts:  # 0 is no limit, for no attempt has that number
+                break
+            await asyncio.sleep(interval * self._time_scale)
+            interval = min(interval * policy.backoff_coefficient, policy.maximum_interval.total_seconds())
+        return ended.outcome
+
+    async def _attempt(self, function: _Function, params: Any, timeout: float) -> _Ended:
+        attempt = asyncio.ensure_future(self._perform(function, params))
+        try:
+            await asyncio.wait({attempt}, timeout=timeout)
+            if attempt.cancelled():  # an action has cancelled all tasks of its loop, and this one had not begun
+                return _failure("FAILED", asyncio.CancelledError())
+            if attempt.done():
+                return attempt.result()
+            return _failure("TIMED_OUT", TimeoutError(f"the attempt took over {timeout} s, its start-to-close timeout"))
+        finally:
+            attempt.cancel()
+
+    async def _perform(self, function: _Function, params: Any) -> _Ended:
+        """Call the function, and await what can be awaited of what it returns."""
+        if inspect.iscoroutinefunction(function):
+            return await asyncio.wrap_future(self._actions_loop.run(_called_and_awaited(function, params)))
+        try:
+            calling = self._functions.run(lambda: _called(function, params))
+        except RuntimeError as exc:  # there are as many threads as there can be
+            return _failure("FAILED", exc)
+        try:
+            called = await asyncio.wrap_future(calling)
+        except asyncio.CancelledError:
+            calling.add_done_callback(_drop)
+            raise
+        if isinstance(called, _Ended):
+            return called
+        return await asyncio.wrap_future(self._actions_loop.run(_awaited(called)))
+
+
+class _Threads:
+    """Daemon threads, which cannot keep a program from exiting; remembered while they run, to be waited for."""
+
+    def __init__(self) -> None:
+        self._threads: list[threading.Thread] = []
+        self._enough = 0  # so many are looked through for those that have ended
+
+    def run(self, function: Callable[[], Any]) -> Future[Any]:
+        """Call a function that raises nothing in a thread of its own; itself always called by the same thread."""
+        result: Future[Any] = Future()
+        result.set_running_or_notify_cancel()  # it cannot be cancelled, only left behind
+        thread = threading.Thread(target=lambda: result.set_result(function()), name="zamp-local-platform", daemon=True)
+        thread.start()
+        self._threads.append(thread)
+        if len(self._threads) > self._enough:
+            self._threads = [thread for thread in self._threads if thread.is_alive()]
+            self._enough = 2 * len(self._threads) + 100
+        return result
+
+    def join(self, deadline: float | None) -> None:
+        """Wait until all have ended, or until the monotonic clock shows the deadline."""
+        for thread in self._threads:
+            if thread is not threading.current_thread():  # an action that stops its platform
+                thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
+                if thread.is_alive():
+                    _logger.warning("a function that does not return was left behind")
+
+
+class _LoopThread:
+    """An event loop in a thread of its own, which runs until it is stopped, whatever is done in it."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._loop.set_debug(False)  # under `python -X dev` it would tell of every slow step
+        self._stopped: asyncio.Future[None] = self._loop.create_future()
+        self._thread = _Threads()
+        self._thread.run(self._run)
+
+    def run(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
+        return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
+
+    def stop(self, deadline: float) -> None:
+        self._loop.call_soon_threadsafe(self._stopped.set_result, None)
+        self._thread.join(deadline)
+
+    def _run(self) -> None:
+        """Do what asyncio.run does, which ends with the first sys.exit, and with a main task that is cancelled."""
+        self._run_until(self._stopped)
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            self._run_until(asyncio.gather(*tasks, return_exceptions=True))
+        self._run_until(self._loop.create_task(self._loop.shutdown_asyncgens()))
+        self._run_until(self._loop.create_task(self._loop.shutdown_default_executor()))
+        self._loop.close()
+
+    def _run_until(self, future: asyncio.Future[Any]) -> None:
+        future.add_done_callback(lambda _: self._loop.stop())
+        while not future.done():
+            # A task that raises one of them ends run_forever, and so does who stops the loop; it can go on.
+            with contextlib.suppress(SystemExit, KeyboardInterrupt):
+                self._loop.run_forever()
+
+
+def _called(function: _Function, params: Any) -> Any:
+    """Return how a call ended, or what has to be awaited for it."""
+    try:
+        result = function(copy.deepcopy(params))
+        return result if inspect.isawaitable(result) else _success(result)
+    except BaseException as exc:
+        return _failure("FAILED", exc)
+
+
+async def _awaited(called: Any) -> _Ended:
+    """Return how what a call returned ends."""
+    if isinstance(called, _Ended):
+        return called
+    try:
+        while inspect.isawaitable(called):
+            called = await called
+        return _success(called)
+    except BaseException as exc:
+        return _failure("FAILED", exc)
+
+
+async def _called_and_awaited(function: _Function, params: Any) -> _Ended:
+    return await _awaited(_called(function, params))
+
+
+def _drop(calling: Future[Any]) -> None:
+    """Close a coroutine that nobody is left to await; Python would warn of it."""
+    if inspect.iscoroutine(calling.result()):
+        calling.result().close()
+
+
+def _success(result: Any) -> _Ended:
+    return _Ended(json.dumps({"status": "COMPLETED", "result": result}, allow_nan=False), None)
+
+
+def _failure(status: str, error: BaseException) -> _Ended:
+    message = kind = type(error).__name__
+    with contextlib.suppress(BaseException):  # not every exception can be printed
+        message = str(error) or kind
+    return _Ended(json.dumps({"status": status, "error": {"message": message, "type": kind}}), error)
+
+
+# Requests and replies.
 
 
 class _Server(ThreadingTCPServer):  # an HTTPServer would look up this machine's name
+    """Listens from its making on, answers from ``serve`` to ``stop``; a thread and a connection for each request."""
+
     allow_reuse_address = True
-    request_queue_size = 128
-    admit: Callable[[RecordedRequest], int]
-    answer: Callable[[RecordedRequest], _Object]
+    request_queue_size = 1024  # connections at once, as 20 processes with 50 each make them
+
+    def __init__(
+        self,
+        port: int,
+        admit: Callable[[RecordedRequest], int],
+        answer: Callable[[RecordedRequest, int], _Object],
+    ) -> None:
+        super().__init__(("127.0.0.1", port), _Handler)
+        self.admit, self.answer = admit, answer
+        self._open: set[socket.socket] = set()
+        self._acceptor, self._workers = _Threads(), _Threads()
 
     def serve(self) -> None:
-        """Accept connections until ``shutdown``, then end those that are open."""
-        self._connections: list[tuple[socket.socket, threading.Thread]] = []  # only this thread's
-        with self:
-            self.serve_forever(poll_interval=0.02)
-        for connection, thread in self._connections:
+        """Accept connections."""
+        self._acceptor.run(lambda: self.serve_forever(poll_interval=0.02))
+
+    def stop(self) -> None:
+        """Accept no more, and end the connections that are open."""
+        self.shutdown()
+        with contextlib.suppress(OSError):  # macOS shuts down none that listens
+            self.socket.shutdown(socket.SHUT_RDWR)  # a forked child may have it open, and would keep the port
+        self.server_close()
+        for connection in list(self._open):
             with contextlib.suppress(OSError):  # it is closed already
                 connection.shutdown(socket.SHUT_RDWR)
-            thread.join()
+        for threads in (self._acceptor, self._workers):
+            threads.join(None)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        self._connections = [pair for pair in self._connections if pair[1].is_alive()]
-        # A daemon: no client can keep the program from exiting.
-        thread = threading.Thread(target=self.process_request_thread, args=(request, client_address), daemon=True)
-        thread.start()
-        self._connections.append((request, thread))
+        self._open.add(request)
+        self._workers.run(lambda: self.process_request_thread(request, client_address))
+
+    def shutdown_request(self, request: Any) -> None:
+        self._open.discard(request)
+        super().shutdown_request(request)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exc_info()[1], OSError):  # a connection was lost or dropped
@@ -347,7 +685,7 @@ class _Handler(BaseHTTPRequestHandler):
             with contextlib.suppress(ValueError, RecursionError):
                 # int() refuses NaN and Infinity, which are not JSON.
                 request = request._replace(body=json.loads(content, parse_constant=int))
-            status, answer = 200, self.server.answer(request)
+            status, answer = 200, self.server.answer(request, length)
         except _RefusedError as exc:
             status, message, *headers = exc.args
             answer = {"error": {"message": message}}
@@ -361,7 +699,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _linger(self) -> None:
         """Take no notice of a body for a while: to close at once would reset the connection, and lose the answer."""
-        deadline = time.monotonic() + _IDLE_SECONDS
+        deadline = time.monotonic() + _LINGER_SECONDS
+        self.connection.settimeout(_LINGER_SECONDS)
         self.connection.shutdown(socket.SHUT_WR)
         while self.connection.recv(2**16) and time.monotonic() < deadline:
             pass
@@ -370,42 +709,7 @@ class _Handler(BaseHTTPRequestHandler):
         pass  # the base class writes to stderr
 
 
-def _definition(function: _Function) -> Any:
-    """Tell where a function is defined; what does not say is only the same as itself."""
-    place = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
-    return place if all(isinstance(name, str) for name in place) else id(function)
-
-
-def _called(function: _Function, params: Any) -> Any:
-    """Return the outcome of a call, or what has to be awaited for it."""
-    try:
-        result = function(copy.deepcopy(params))
-        return result if inspect.isawaitable(result) else _success(result)
-    except BaseException as exc:
-        return _Failure("FAILED", exc)
-
-
-async def _awaited(called: Any) -> _Object | _Failure:
-    """Return the outcome of what a call returned."""
-    if isinstance(called, (dict, _Failure)):
-        return called
-    try:
-        while inspect.isawaitable(called):
-            called = await called
-        return _success(called)
-    except BaseException as exc:
-        return _Failure("FAILED", exc)
-
-
-def _drop(calling: Future[Any]) -> None:
-    """Close a coroutine that nobody is left to await; Python would warn of it."""
-    if inspect.iscoroutine(calling.result()):
-        calling.result().close()
-
-
-def _success(result: Any) -> _Object:
-    return {"status": "COMPLETED", "result": json.loads(json.dumps(result, allow_nan=False))}
-
+# What a start must say.
 
 # Days, hours, minutes and seconds (ISO 8601); longer units have no fixed length.
 _DURATION = re.compile(
