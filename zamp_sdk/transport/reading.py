@@ -8,7 +8,8 @@ come. So its place is a line of code, and not a state that somebody has to keep.
 Where a reply ends is what everything hangs on: what was left of it would be taken for the reply to the next request.
 
 - What is behind the end stays where it was, and the connection's owner, who sees it there, closes the connection.
-- ``may_keep_connection`` is True only if the reply itself has said, once and without doubt, where it ends.
+- ``may_keep_connection`` is True only if the reply itself has said where it ends, so that nobody on the way can have
+  understood it otherwise.
 - Where the head says it in two ways, or not in numbers, nobody waits: the reply is refused at once.
 - Around that, what is plain is read, however it is written: a bare LF, blanks before a colon, a header folded or said
   twice. A line that is no header is skipped, alone.
@@ -46,7 +47,8 @@ MAX_HEAD = 256 * 1024
 gateways themselves take 8 to 64 KiB."""
 
 QUOTED = 100
-"""Characters of what a peer wrote that an error quotes, at its end: there, a secret that was cut short is found."""
+"""Characters of what a peer wrote that an error quotes, as they came and at its end: so, secrets in them are found by
+whoever shows the error, also one that is cut."""
 
 VERSION = b"HTTP/"
 """How every reply begins (RFC 9112, 4)."""
@@ -122,9 +124,7 @@ class ReplyReader:
             if not self._is_unsuccessful:
                 raise
             return self._reply()
-        if not (has_ended or is_last):
-            return None
-        if self._is_unsuccessful:
+        if self._is_unsuccessful and (has_ended or is_last):
             return self._reply()
         if has_ended:
             raise PeerError(f"the peer closed the connection {place}")
@@ -140,24 +140,25 @@ class ReplyReader:
         assert self.head is not None
         if self._method == "CONNECT":  # a tunnel begins here, and a refusal is known by its status
             return self._reply()
-        codings = _listed(headers, "transfer-encoding") - NOT_CODED
-        lengths = _listed(headers, "content-length")
+        transfer_coding = _combined(headers, "transfer-encoding")
+        codings = _members(transfer_coding) - NOT_CODED
+        has_length = "content-length" in self.head.headers
         is_framed = True
         if self._method == "HEAD" or self.head.status_code in (101, 204, 304):
             pass
         elif codings == {"chunked"}:
             yield from self._read_chunks()
         elif codings:
-            raise PeerError(f"the reply came in a transfer coding that nobody asked for: {_quoted(codings)}")
-        elif lengths:
-            yield from self._read_content(_length(lengths), "its body")
+            raise PeerError(f"the reply came in a transfer coding that nobody asked for: {transfer_coding[:QUOTED]}")
+        elif has_length:
+            yield from self._read_content(_length(_combined(headers, "content-length")), "its body")
         else:
             is_framed = False
             yield from self._read_until_end()
-        if codings and (lengths or self.head.version == 10):
+        if codings and (has_length or self.head.version == 10):
             is_framed = False  # somebody on the way may have seen its end elsewhere (RFC 9112, 6.1)
         reply = self._reply()
-        options = _listed(headers, "connection")
+        options = _members(_combined(headers, "connection"))
         is_persistent = "keep-alive" in options if self.head.version == 10 else self.head.status_code != 101
         self.may_keep_connection = is_framed and is_persistent and "close" not in options
         return reply
@@ -272,26 +273,31 @@ def _headers(text: bytes) -> list[tuple[str, str]]:
     return headers
 
 
-def _listed(headers: list[tuple[str, str]], name: str) -> set[str]:
-    """Return what a header lists, in lower case: in one line or in several (RFC 9110, 5.3), and what is twice once."""
-    return {member.strip(" ").lower() for key, value in headers if key == name for member in value.split(",")}
+def _combined(headers: list[tuple[str, str]], name: str) -> str:
+    """Return a header's value; of a header that is there more than once, all of them as one list (RFC 9110, 5.3)."""
+    return ", ".join(value for key, value in headers if key == name)
 
 
-def _length(lengths: set[str]) -> int:
-    """Read the Content-Length, of which there may be but one (RFC 9110, 8.6)."""
-    length = "".join(lengths) if len(lengths) == 1 else ""
-    if not _LENGTH.fullmatch(length):
-        raise PeerError(f"the reply does not say one length: Content-Length is {_quoted(lengths)}")
+def _members(value: str) -> set[str]:
+    """Return what a header's value lists, in lower case; what is said twice counts once."""
+    return {member.strip(" ").lower() for member in value.split(",")}
+
+
+def _length(value: str) -> int:
+    """Read Content-Length, which may be said more than once, but not in two ways (RFC 9110, 8.6)."""
+    length, *others = _members(value)
+    if others or not _LENGTH.fullmatch(length):
+        raise PeerError(f"the reply does not say one length: Content-Length is {value[:QUOTED]}")
     return int(length)
 
 
 def _decoded(body: bytes, coding: str) -> bytes:
     """Undo a content coding although ``identity`` was asked for (RFC 9110, 8.4.1)."""
-    codings = {member.strip(" ").lower() for member in coding.split(",")} - NOT_CODED
+    codings = _members(coding) - NOT_CODED
     if not codings or not body:
         return body
-    if len(codings) > 1 or not codings <= {"gzip", "x-gzip", "deflate"}:
-        raise PeerError(f"the reply came in a content coding that nobody asked for: {_quoted(codings)}")
+    if not codings <= {"gzip", "x-gzip", "deflate"}:
+        raise PeerError(f"the reply came in a content coding that nobody asked for: {coding[:QUOTED]}")
 
     import zlib  # rarely needed
 
@@ -301,7 +307,7 @@ def _decoded(body: bytes, coding: str) -> bytes:
             return _decompressed(body, window_bits)
         except zlib.error:
             pass
-    raise PeerError(f"the reply is broken {_quoted(codings)}")
+    raise PeerError(f"the reply is broken {coding[:QUOTED]}")
 
 
 def _decompressed(body: bytes, window_bits: int) -> bytes:
@@ -313,10 +319,11 @@ def _decompressed(body: bytes, window_bits: int) -> bytes:
     while True:
         decompressor = zlib.decompressobj(window_bits)
         while not decompressor.eof:
-            piece = body[position : position + 4096]  # not more, for zlib copies what is left behind a member's end
+            # Not more at a time: it grows up to a thousandfold, and zlib copies what is behind a member's end.
+            piece = body[position : position + 4096]
             if not piece:
                 raise zlib.error("cut short")
-            decompressed += decompressor.decompress(piece, MAX_REPLY + 1 - len(decompressed))
+            decompressed += decompressor.decompress(piece)
             if len(decompressed) > MAX_REPLY:
                 raise PeerError(TOO_LARGE, may_retry=False)
             position += len(piece) - len(decompressor.unused_data)
@@ -324,8 +331,6 @@ def _decompressed(body: bytes, window_bits: int) -> bytes:
             return bytes(decompressed)
 
 
-def _quoted(text: bytes | bytearray | set[str]) -> str:
-    """Return how a line, or a list, of the peer begins."""
-    if isinstance(text, set):
-        return ", ".join(sorted(text))[:QUOTED]
+def _quoted(text: bytes | bytearray) -> str:
+    """Return how a line of the peer begins."""
     return text[:QUOTED].partition(b"\n")[0].decode("latin-1").strip()
