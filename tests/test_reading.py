@@ -23,11 +23,11 @@ BODY = b'{"id": "action-1"}'
 LENGTH = b"Content-Length: %d\r\n" % len(BODY)
 
 
-def read(data: bytes, method: str = "POST", *, has_ended: bool = False) -> tuple[Reply, ReplyReader]:
+def read(data: bytes) -> tuple[Reply, ReplyReader]:
     """Read a reply that is here in one piece, and nothing behind it."""
-    reader = ReplyReader(method)
+    reader = ReplyReader("POST")
     incoming = bytearray(data)
-    reply = reader.proceed(incoming, has_ended=has_ended)
+    reply = reader.proceed(incoming)
     assert reply is not None
     assert not incoming
     return reply, reader
@@ -43,8 +43,8 @@ def feed(reader: ReplyReader, pieces: Iterable[bytes], taken: list[bytes] | None
         assert reader.proceed(incoming) is None
 
 
-def body_of(data: bytes, *, has_ended: bool = False) -> bytes:
-    return read(data, has_ended=has_ended)[0].body
+def body_of(data: bytes) -> bytes:
+    return read(data)[0].body
 
 
 def framed(body: bytes, headers: bytes = b"", status: bytes = b"200 OK") -> bytes:
@@ -159,11 +159,6 @@ def test_a_tunnel_begins_behind_the_head() -> None:
             reply = ReplyReader("CONNECT").proceed(incoming)
             assert reply is not None
             assert (reply.status_code, reply.body, bytes(incoming)) == (int(status[:3]), b"", b"hello")
-
-
-def test_a_reply_to_head_has_no_body() -> None:
-    """A length in the reply to HEAD is that of another reply (RFC 9110, 9.3.2)."""
-    assert read(OK + LENGTH + b"\r\n", "HEAD")[0].body == b""
 
 
 REFUSED: dict[str, tuple[bytes, str]] = {  # what came, and what the error says

@@ -8,8 +8,7 @@ come. So its place is a line of code, and not a state that somebody has to keep.
 Where a reply ends is what everything hangs on: what was left of it would be taken for the reply to the next request.
 
 - What is behind the end stays where it was, and the connection's owner, who sees it there, closes the connection.
-- ``may_keep_connection`` is True only if the reply itself has said where it ends, so that nobody on the way can have
-  understood it otherwise.
+- ``may_keep_connection`` is True only if the reply itself has said where it ends, in one way alone.
 - Where the head says it in two ways, or not in numbers, nobody waits: the reply is refused at once.
 - Around that, what is plain is read, however it is written: a bare LF, blanks before a colon, a header folded or said
   twice. A line that is no header is skipped, alone.
@@ -144,8 +143,8 @@ class ReplyReader:
         codings = _members(transfer_coding) - NOT_CODED
         has_length = "content-length" in self.head.headers
         is_framed = True
-        if self._method == "HEAD" or self.head.status_code in (101, 204, 304):
-            pass
+        if self.head.status_code in (101, 204, 304):
+            pass  # there is no body
         elif codings == {"chunked"}:
             yield from self._read_chunks()
         elif codings:
