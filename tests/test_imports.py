@@ -227,6 +227,7 @@ def test_only_what_sends_something_is_awaited() -> None:
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "action_executor.models": {"errors"},
+    "action_executor.pacing": set(),
     "action_executor.redaction": set(),
     "action_executor.wire": {"action_executor.models", "action_executor.redaction"},
     "action_executor.lifecycle": {
