@@ -264,6 +264,9 @@ ARROWS: dict[str, set[str]] = {
         "action_executor.wire",
     },
     "action_executor.utils": {"errors"},
+    "transport": set(),
+    "transport.failures": set(),
+    "transport.reading": {"transport", "transport.failures"},
     "action_executor": {"action_executor.executor"},
     "": {"errors", "action_executor", "action_executor.models"},
     # It spells the wire format out on its own, to check wire.py and not to echo it.
