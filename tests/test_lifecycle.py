@@ -186,11 +186,11 @@ def test_start_understands_an_envelope() -> None:
 @pytest.mark.parametrize(
     ("answer", "advice"),
     [
-        (reply(401, {"error": "bad token"}), "bad token (check the token: auth_token, or ZAMP_AUTH_TOKEN)"),
+        (reply(401, {"error": "bad token"}), "bad token (check the token)"),
         (reply(307, b"", location="https://evil.example/"), "this one points to https://evil.example/"),
-        (reply(307, b""), "redirects are not followed; this one points to nowhere; check base_url"),
+        (reply(307, b""), "redirects are not followed; this one points to nowhere; check the base URL"),
         (reply(403, b""), "the token may lack the permission, or something between here and the platform"),
-        (reply(404, b""), "check the action's name, and base_url, or ZAMP_BASE_URL, with its path"),
+        (reply(404, b""), "check the action's name, and the base URL with its path"),
         (reply(407, b""), "a proxy wants a user name and a password"),
         (reply(599, b"x"), "HTTP 599: x"),
     ],

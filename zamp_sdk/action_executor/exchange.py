@@ -260,7 +260,7 @@ def _certificate_advice(exc: ssl.SSLCertVerificationError, host: str) -> str:
         if path and not os.access(path, os.F_OK):
             return f"; {variable} names {path}, which does not exist, so that its authorities are not trusted"
     if exc.verify_code in HOST_MISMATCHES:
-        return f"; the certificate there is for another host: check base_url, or how {host} is reached"
+        return f"; the certificate there is for another host: check the base URL, or how {host} is reached"
     if exc.verify_code in DATES:
         return "; check this machine's clock, or have the platform's certificate renewed"
     return "; if its CA is private, set SSL_CERT_FILE to the CA's PEM file"

@@ -304,15 +304,15 @@ def _advice(doing: str, code: int, headers: Mapping[str, str]) -> str:
     advice = ""
     if 300 <= code < 400:
         target = one_line(headers.get("location", "")) or "nowhere"
-        advice = f"redirects are not followed; this one points to {target}; check base_url, or ZAMP_BASE_URL"
+        advice = f"redirects are not followed; this one points to {target}; check the base URL"
     elif code == 401:
-        advice = "check the token: auth_token, or ZAMP_AUTH_TOKEN"
+        advice = "check the token"
     elif code == 403:
         advice = "the token may lack the permission, or something between here and the platform may forbid it"
     elif code == 404 and doing == STARTING:
-        advice = "check the action's name, and base_url, or ZAMP_BASE_URL, with its path"
+        advice = "check the action's name, and the base URL with its path"
     elif code == 404:
-        advice = "check the id, and that base_url, or ZAMP_BASE_URL, is the platform where the action was started"
+        advice = "check the id, and that the base URL is of the platform where the action was started"
     elif code == 407:
         advice = "a proxy wants a user name and a password, in HTTPS_PROXY or HTTP_PROXY"
     return f" ({advice})" if advice else ""
