@@ -82,7 +82,8 @@ Command line:
                              test_cli.py::test_what_a_user_gets_wrong_is_exit_code_2_and_sends_nothing
                              test_cli.py::test_an_unknown_id_is_exit_code_3
                              test_cli.py::test_a_wait_that_is_over_is_exit_code_4
-                             test_cli.py::test_ctrl_c_while_waiting_is_exit_code_130
+                             test_cli.py::test_a_signal_ends_the_wait_and_says_how_to_collect
+                             test_cli.py::test_serve_ends_well_when_it_is_asked_to
                              test_cli.py::test_a_result_that_cannot_be_written_is_exit_code_2
                              test_cli.py::test_a_reader_that_has_gone_away_is_exit_code_141
 Testing your code:

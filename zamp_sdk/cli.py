@@ -1,13 +1,18 @@
 """The command line: arguments in, an exit code out.
 
-Results go to stdout, as JSON in UTF-8 whatever the locale; everything else goes to stderr, in printable lines.
-What a user typed in a wrong place may be a token, so no message repeats it.
+- Results go to stdout, as JSON; everything else goes to stderr, in printable lines. All streams are UTF-8, whatever the
+  locale.
+- What a user typed in a wrong place may be a token, so no message repeats it.
+- While a command owes its user a result, ``arguments.owed`` is the action's id. However the command then ends, ``main``
+  prints the command that collects the result; nothing is said of an action that nobody has seen.
+- Messages speak of options and variables, not of Python's arguments.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import errno
 import importlib
 import io
@@ -19,45 +24,40 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import time
+import traceback
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NoReturn, Sequence
+from typing import Any, Coroutine, NoReturn, Sequence
 
-from . import ActionExecutor, ActionHandle, RetryPolicy, __version__
-from .action_executor.executor import INTERRUPTED
+from . import ActionExecutor, ActionHandle, RetryPolicy, SdkConfig, __version__
 from .action_executor.lifecycle import Sleep, Step
-from .errors import ActionFailedError, ActionTimeoutError, HttpClientError, ZampError
+from .errors import ActionFailedError, ActionTimeoutError, HttpClientError, MissingConfigError, ZampError
 from .local_platform import LocalPlatform
 
 EXIT_CODES: dict[type, int] = {ActionFailedError: 1, HttpClientError: 3, ActionTimeoutError: 4}  # else 2
+EXPECTED = (asyncio.CancelledError, ZampError, ValueError, OSError)  # ends that are no fault of ours
 UNITS: dict[str, float] = {"ms": 0.001, "": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}  # s
 NOBODY_READS = 141  # what a shell tells of a program that SIGPIPE has ended: 128 + 13
 
+# Seconds in which a second signal is still the first one: `timeout 60 zamp-sdk ...` sends SIGTERM to the process, and
+# then to the process group that it is in.
+SAME_SIGNAL = 1.0
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code."""
+    """Run one command and return its exit code; in the main thread, for it handles signals."""
     _prepare_streams()
     logging.basicConfig(handlers=[_Log()], format="zamp-sdk: %(message)s")
-    arguments = argparse.Namespace()
+    signals = _Signals()
+    arguments = argparse.Namespace(run=None, owed=None)
     try:
-        code = _run(argv, arguments)
+        code = _run(argv, arguments, signals)
         sys.stdout.flush()
-    except KeyboardInterrupt:
-        code = 130
-    except BrokenPipeError:
-        code = NOBODY_READS
-        if vars(arguments).get("run") is _print_id:  # and with it the id would be lost
-            _tell_how_to_collect(arguments.handle.id, arguments)
-    except (ZampError, ValueError, TypeError, OSError, RuntimeError) as exc:
-        _tell(f"zamp-sdk: {exc}")
-        is_known = getattr(exc, "status_code", None) != 404
-        if isinstance(exc, (HttpClientError, ActionTimeoutError)) and exc.action_id and is_known:
-            _tell_how_to_collect(exc.action_id, arguments)
-        elif isinstance(exc, _OutputError) and "handle" in arguments:
-            _tell(f"To collect the result: {_command_that_collects(arguments.handle.id, arguments)}")
-        code = EXIT_CODES.get(type(exc), 2)
+    except EXPECTED as exc:
+        code = _tell_the_end(exc, arguments, signals)
     try:
         sys.stdout.flush()
     except OSError:  # what cannot be written is dropped: Python would try again at its exit, and change the exit code
@@ -65,30 +65,89 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _run(argv: Sequence[str] | None, arguments: argparse.Namespace) -> int:
+def _run(argv: Sequence[str] | None, arguments: argparse.Namespace, signals: _Signals) -> int:
     parser = _parser()
     try:
         parser.parse_args(argv, arguments)
     except SystemExit as exc:  # after --help, --version or what is wrong with the arguments
         return int(exc.code or 0)
-    if arguments.version:
-        _print(f"zamp-sdk {__version__}")
-        return 0
-    if "run" not in arguments:
+    if arguments.run is None:
         parser.print_help()
         return 2
     if arguments.verbose:
         logging.getLogger("zamp_sdk").setLevel(logging.DEBUG)
-    asyncio.run(arguments.run(arguments), debug=False)  # -X dev would report slow imports
-    return 0
+    command: Coroutine[Any, Any, None] = arguments.run(arguments)
+
+    async def perform() -> int:
+        signals.task = asyncio.current_task()
+        awake = asyncio.ensure_future(_stay_awake())
+        try:
+            await command
+        except EXPECTED as exc:  # told before asyncio.run waits for threads: one may hang in a name lookup
+            return _tell_the_end(exc, arguments, signals)
+        finally:
+            signals.task = None
+            awake.cancel()
+        return 0
+
+    return asyncio.run(perform(), debug=False)  # -X dev would report slow imports
+
+
+def _tell_the_end(exc: BaseException, arguments: argparse.Namespace, signals: _Signals) -> int:
+    """Say why a command has ended, and how to collect the result that it owes; return its exit code."""
+    if isinstance(exc, asyncio.CancelledError):
+        if signals.received is None:
+            raise exc
+        code = 128 + signals.received
+    elif isinstance(exc, BrokenPipeError):
+        code = NOBODY_READS
+        if arguments.run is not _start:  # who stops reading a result wants no more of it
+            arguments.owed = None
+    else:
+        code = EXIT_CODES.get(type(exc), 2)
+        message = str(exc)
+        if isinstance(exc, ActionTimeoutError):  # whose own message goes on with a line of Python
+            message = f"action {exc.action_id} had not ended after {exc.waited:.1f} s"
+        _tell(f"zamp-sdk: {message}")
+    if arguments.owed is not None:
+        _tell(f"To collect the result of action {arguments.owed}: {_command_that_collects(arguments)}")
+    return code
+
+
+class _Signals:
+    """What Ctrl-C, SIGTERM and SIGHUP do: they cancel the command, which then ends as at any error.
+
+    A second one ends the program at once, as does any before there is something to cancel. What is ignored stays
+    ignored: SIGHUP under nohup, Ctrl-C in the background of a script.
+    """
+
+    def __init__(self) -> None:
+        self.task: asyncio.Task[int] | None = None
+        self.received: int | None = None
+        self._since = -math.inf
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
+                signal.signal(number, self._handle)
+
+    def _handle(self, number: int, _: object) -> None:
+        now = time.monotonic()
+        if now - self._since < SAME_SIGNAL:
+            return
+        if self.task is None or self.received is not None:
+            os._exit(128 + number)  # an exception could get lost here: in a callback of the garbage collector, say
+        self.received, self._since = number, now
+        self.task.get_loop().call_soon_threadsafe(self.task.cancel)
+
+
+async def _stay_awake() -> None:
+    """Have Python look for signals now and then: one that comes just before the loop waits does not end its waiting."""
+    while True:  # noqa: ASYNC110  # it waits for nothing
+        await asyncio.sleep(0.5)
 
 
 class _Closed(io.StringIO):
     """Stands for a stream that was closed before the program began."""
-
-
-class _OutputError(OSError):
-    """A result or an id could not be printed."""
 
 
 class _Log(logging.Handler):
@@ -100,12 +159,16 @@ class _Log(logging.Handler):
 
 
 def _prepare_streams() -> None:
-    for name, encoding in (("stdin", "utf-8-sig"), ("stdout", "utf-8"), ("stderr", None)):
+    for name, encoding, errors in (
+        ("stdin", "utf-8-sig", "strict"),
+        ("stdout", "utf-8", "strict"),
+        ("stderr", "utf-8", "backslashreplace"),
+    ):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, _Closed())
-        elif encoding and isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(encoding=encoding, errors="strict")
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding=encoding, errors=errors)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -124,9 +187,6 @@ class _Parser(argparse.ArgumentParser):
             self.error(f"no such option: {', '.join(names)}{advice}" if names else "too many arguments")
         return arguments
 
-    def print_help(self, file: Any = None) -> None:  # noqa: ARG002  # the base class gives it
-        _print(self.format_help().rstrip("\n"))  # the base class takes no notice of an error
-
     def error(self, message: str) -> NoReturn:
         if message.startswith("argument COMMAND: invalid choice"):  # and then it is repeated
             message = f"no such command; {self.prog} --help lists them"
@@ -134,11 +194,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _program() -> list[str]:
-    """Return how this program was called, for commands that a user can copy."""
+    """Return how to call this program, for commands that a user can copy."""
     called = sys.argv[0]
-    if Path(called).name == "__main__.py":
-        return [getattr(sys, "orig_argv", ["python"])[0], "-m", str(__package__)]  # orig_argv: Python 3.10
-    return [Path(called).name if shutil.which(Path(called).name) == called else called]
+    return [sys.executable, "-m", str(__package__)] if Path(called).name == "__main__.py" else [called]
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -148,9 +206,9 @@ def _parser() -> argparse.ArgumentParser:
         prog=program,
         description="Run actions on the Zamp platform.",
         epilog="Exit codes: 0 done, 1 the action failed, 2 usage, configuration or output that cannot be written,\n"
-        f"3 HTTP, 4 the wait is over, 130 Ctrl-C, {NOBODY_READS} nobody reads the output.",
+        f"3 HTTP, 4 the wait is over, 129 SIGHUP, 130 Ctrl-C, {NOBODY_READS} nobody reads the output, 143 SIGTERM.",
     )
-    parser.add_argument("--version", action="store_true", help="print the version")
+    parser.add_argument("--version", action="version", version=f"zamp-sdk {__version__}", help="print the version")
     verbose: Any = {"action": "store_true", "help": "show the requests on stderr"}
     parser.add_argument("-v", "--verbose", **verbose)
     commands = parser.add_subparsers(metavar="COMMAND")
@@ -165,20 +223,22 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     invoice = """send_invoice '{"invoice_id": "inv_123"}'"""
-    execute = command("execute", _print_result, "Run an action and print its result.", f"{invoice} --timeout 10m")
-    start = command("start", _print_id, "Start an action and print its id.", invoice)
-    status = command("status", _print_status, "Print the status of an action.", "act_123")
-    result = command("result", _print_result, "Wait for an action and print its result.", "act_123 --timeout 1h")
-    serve = command("serve", _serve, "Run the local platform until Ctrl-C.", "my_tests.actions:platform --port 8765")
+    execute = command("execute", _execute, "Run an action and print its result.", f"{invoice} --timeout 10m")
+    start = command("start", _start, "Start an action and print its id.", invoice)
+    status = command("status", _status, "Print the status of an action.", "act_123")
+    result = command("result", _result, "Wait for an action and print its result.", "act_123 --timeout 1h")
+    served = "my_tests.actions:platform --port 8765"
+    serve = command("serve", _serve, "Run the local platform until Ctrl-C or SIGTERM.", served)
     command("demo", _demo, "See three actions run, without an account or a network.")
 
     duration: Any = {"metavar": "DURATION", "type": _duration}
     for each in (execute, start):
         add = each.add_argument
-        add("action", metavar="ACTION", help="the action's name")
+        add("action", metavar="ACTION", type=_name, help="the action's name")
         add("params", metavar="PARAMS", nargs="?", default="{}", type=_params, help="JSON ({}), @FILE, or - for stdin")
-        add("--summary", help="what the platform shows people about this run")
-        add("--start-to-close", help="the limit of one attempt (default: the platform's)", **duration)
+        add("--summary", type=_text, help="what the platform shows people about this run")
+        limit = "the limit of one attempt (default: the platform's)"
+        add("--start-to-close", metavar="DURATION", type=_limit, help=limit)
         policy = each.add_argument_group(
             "retry policy",
             "Without any of these none is sent, and the platform's own holds. With one of them, the others\n"
@@ -189,12 +249,12 @@ def _parser() -> argparse.ArgumentParser:
         policy.add_argument("--maximum-interval", help="no wait is longer than this", **duration)
         policy.add_argument("--backoff-coefficient", metavar="X", type=float, help="how each wait grows to the next")
     for each in (status, result):
-        each.add_argument("id", metavar="ID", help="the action's id")
+        each.add_argument("id", metavar="ID", type=_text, help="the action's id; -- before it if it begins with -")
     how_long = "how long to wait: 30, 500ms, 10m, 1h (default: "
     execute.add_argument("--timeout", help=f"{how_long}until the attempts must be over, at least 1h)", **duration)
     result.add_argument("--timeout", help=f"{how_long}as long as it takes)", **duration)
     for each in (execute, start, status, result):
-        each.add_argument("--base-url", metavar="URL", help="the platform (default: ZAMP_BASE_URL)")
+        each.add_argument("--base-url", metavar="URL", type=_text, help="the platform (default: ZAMP_BASE_URL)")
         each.add_argument("--auth-token-file", metavar="FILE", help="where the token is (default: ZAMP_AUTH_TOKEN)")
     yours = "your LocalPlatform (default: the demo's)"
     serve.add_argument("platform", metavar="MODULE:NAME", nargs="?", default=f"{__name__}:demo", help=yours)
@@ -204,33 +264,75 @@ def _parser() -> argparse.ArgumentParser:
 
 def _port(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"not a port: {text!r} (write 0 to 65535)")
+        raise argparse.ArgumentTypeError("not a port (write 0 to 65535)")
     return int(text)
 
 
 def _duration(text: str) -> timedelta:
     match = re.fullmatch(r"(\d{1,8}|\d{0,8}\.\d+) *(ms|s|m|h|d|)", text.strip())
     if match is None:
-        raise argparse.ArgumentTypeError(f"not a duration: {text!r} (write 30, 1.5s, 500ms, 10m, 1h or 2d)")
+        raise argparse.ArgumentTypeError("not a duration (write 30, 1.5s, 500ms, 10m, 1h or 2d)")
     return timedelta(seconds=float(match[1]) * UNITS[match[2]])
 
 
-def _params(text: str) -> Any:
+def _limit(text: str) -> timedelta:
+    duration = _duration(text)
+    if not duration:
+        raise argparse.ArgumentTypeError("must be over zero")
+    return duration
+
+
+def _text(argument: str) -> str:
+    """Read as UTF-8 what Python could not read in the locale's encoding (PEP 383), as with LC_ALL=C."""
+    if not re.search("[\ud800-\udfff]", argument):
+        return argument
+    try:
+        return os.fsencode(argument).decode()
+    except UnicodeError:
+        raise argparse.ArgumentTypeError("not in UTF-8 (write it in UTF-8, or set LC_ALL to its encoding)") from None
+
+
+def _name(argument: str) -> str:
+    name = _text(argument)
+    if not name.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return name
+
+
+def _params(argument: str) -> Any:
     source = "PARAMS"
     try:
-        if text == "-":
+        if argument == "-":
             source = "stdin"
-            text = sys.stdin.read()
-        elif text.startswith("@"):
-            source = text[1:]
-            text = Path(source).read_text(encoding="utf-8-sig")
-        return json.loads(text)
+            return json.loads(sys.stdin.read())
+        if argument.startswith("@"):
+            source = argument[1:]
+            return json.loads(Path(source).read_text(encoding="utf-8-sig"))
+        return json.loads(_text(argument))
     except (ValueError, RecursionError) as exc:  # the first also for what is not UTF-8
         raise argparse.ArgumentTypeError(f"{source} is not JSON: {exc}") from None
 
 
-def _token(file: str) -> str:
-    token = Path(file).read_text(encoding="latin-1").strip()
+def _target(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Say which platform to ask, and as whom."""
+    for option, variable in (("base_url", "ZAMP_BASE_URL"), ("auth_token_file", "ZAMP_AUTH_TOKEN")):
+        if not vars(arguments)[option] and not os.environ.get(variable, "").strip():
+            raise MissingConfigError(f"{variable} is not set: set it in the environment, or give {_option(option)}")
+    target = {"base_url": arguments.base_url, "auth_token": _token(arguments.auth_token_file)}
+    try:
+        SdkConfig.resolve(**target)
+    except ValueError as exc:  # it begins with the argument's name
+        raise ValueError(re.sub("^base_url", "the base URL", re.sub("^auth_token", "the token", str(exc)))) from None
+    return target
+
+
+def _token(file: str | None) -> str | None:
+    if not file:
+        return None
+    try:
+        token = Path(file).read_text(encoding="utf-8-sig").strip()
+    except UnicodeDecodeError:
+        raise ValueError(f"{file} is not in UTF-8: write the token into it as plain text") from None
     if not token:
         raise ValueError(f"{file} holds no token")
     return token
@@ -239,63 +341,94 @@ def _token(file: str) -> str:
 def _policy(arguments: argparse.Namespace) -> RetryPolicy | None:
     default = vars(RetryPolicy.default())
     given = {name: value for name, value in vars(arguments).items() if name in default and value is not None}
-    return RetryPolicy(**{**default, **given}) if given else None
+    try:
+        return RetryPolicy(**{**default, **given}) if given else None
+    except ValueError as exc:  # it names fields, and so do the options
+        raise ValueError(re.sub("[a-z]+_[a-z]+", lambda field: _option(field[0]), str(exc))) from None
 
 
-async def _handle(arguments: argparse.Namespace) -> ActionHandle[Any]:
-    """Start the action, or take the one that has the id."""
-    token = None if arguments.auth_token_file is None else _token(arguments.auth_token_file)
-    target = {"base_url": arguments.base_url, "auth_token": token}
-    if "id" in arguments:
-        return ActionExecutor.get_handle(arguments.id, **target)
-    arguments.handle = await ActionExecutor.start(
-        arguments.action,
-        arguments.params,
-        summary=arguments.summary,
-        action_retry_policy=_policy(arguments),
-        action_start_to_close_timeout=arguments.start_to_close,
-        **target,
-    )
-    return arguments.handle  # type: ignore[no-any-return]  # a namespace has no types
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
 
 
-async def _print_id(arguments: argparse.Namespace) -> None:
-    _print((await _handle(arguments)).id)
+async def _execute(arguments: argparse.Namespace) -> None:
+    await _print_result(await _started(arguments), arguments)
 
 
-async def _print_status(arguments: argparse.Namespace) -> None:
-    _print(await (await _handle(arguments)).status())
+async def _start(arguments: argparse.Namespace) -> None:
+    _print((await _started(arguments)).id)
+    arguments.owed = None
 
 
-async def _print_result(arguments: argparse.Namespace) -> None:
-    """Wait for the result, with a progress line on a terminal, and print it."""
-    handle = arguments.handle = await _handle(arguments)
-    status = "RUNNING"
-    next_poll = began = time.monotonic()
+async def _status(arguments: argparse.Namespace) -> None:
+    _print(await ActionExecutor.get_handle(arguments.id, **_target(arguments)).status())
+
+
+async def _result(arguments: argparse.Namespace) -> None:
+    handle = ActionExecutor.get_handle(arguments.id, **_target(arguments))
+    arguments.owed = handle.id
+    try:
+        await _print_result(handle, arguments)
+    except HttpClientError:  # it may be about an action that does not exist, and whoever waits for it has the id
+        arguments.owed = None
+        raise
+
+
+async def _started(arguments: argparse.Namespace) -> ActionHandle[Any]:
+    try:
+        handle = await ActionExecutor.start(
+            arguments.action,
+            arguments.params,
+            summary=arguments.summary,
+            action_retry_policy=_policy(arguments),
+            action_start_to_close_timeout=arguments.start_to_close,
+            **_target(arguments),
+        )
+    except HttpClientError as exc:  # the platform may give an id and an error
+        arguments.owed = exc.action_id
+        raise
+    arguments.owed = handle.id
+    return handle
+
+
+async def _print_result(handle: ActionHandle[Any], arguments: argparse.Namespace) -> None:
+    try:
+        result = await _wait(handle, arguments.timeout)
+    except ActionFailedError:  # it has ended, and the error says all there is to say
+        arguments.owed = None
+        raise
+    try:
+        text = _json(result)
+    except RecursionError:
+        raise ValueError("the result is nested too deeply to be printed") from None
+    _print(text)
+    arguments.owed = None
+
+
+async def _wait(handle: ActionHandle[Any], timeout: timedelta | None) -> Any:
+    """Wait for a result, with a line on a terminal that shows what is being waited for."""
+    doing = "RUNNING"
+    until = began = time.monotonic()
 
     def observe(step: Step) -> None:
-        nonlocal status, next_poll
+        nonlocal doing, until
         if isinstance(step, Sleep):
-            status = (step.failure or "RUNNING").replace(f"asking for action {handle.id}: ", "")
-            next_poll = time.monotonic() + step.seconds
+            doing = step.failure or "RUNNING"
+            until = time.monotonic() + step.seconds
 
     async def show_progress() -> None:
         while True:
             await asyncio.sleep(0.1)
             now = time.monotonic()
-            times = f"  {now - began:.1f} s, next poll in {max(0, next_poll - now):.1f} s"
-            _draw(status[: shutil.get_terminal_size().columns - len(times) - 1] + times)
+            times = f"  {now - began:.1f} s, next poll in {max(0, until - now):.1f} s"
+            _draw(doing[: shutil.get_terminal_size().columns - len(times) - 1] + times)
 
     progress = asyncio.ensure_future(show_progress())
     try:
-        result = await handle._wait(arguments.timeout, observe)
-    except INTERRUPTED:
-        _tell_how_to_collect(handle.id, arguments)
-        raise
+        return await handle._wait(timeout, observe)
     finally:
         progress.cancel()
         _draw("")
-    _print(_json(result))
 
 
 def _print(text: str) -> None:
@@ -307,7 +440,7 @@ def _print(text: str) -> None:
     except BrokenPipeError:
         raise
     except OSError as exc:
-        raise _OutputError(f"cannot write to stdout: {exc.strerror}") from exc
+        raise OSError(f"cannot write to stdout: {exc.strerror}") from exc
 
 
 def _json(value: Any) -> str:
@@ -343,39 +476,44 @@ def _tell(text: str) -> None:
         sys.stderr = io.StringIO()
 
 
-def _tell_how_to_collect(action_id: str, arguments: argparse.Namespace) -> None:
-    _tell(f"Action {action_id} goes on. To collect its result: {_command_that_collects(action_id, arguments)}")
+def _command_that_collects(arguments: argparse.Namespace) -> str:
+    target = {name: vars(arguments)[name] for name in ("base_url", "auth_token_file")}
+    options = [f"{_option(name)}={value}" for name, value in target.items() if value]
+    end_of_options = ["--"] if arguments.owed.startswith("-") else []
+    return shlex.join([*_program(), "result", *options, *end_of_options, arguments.owed])
 
 
-def _command_that_collects(action_id: str, arguments: argparse.Namespace) -> str:
-    words = [*_program(), "result", action_id]
-    for option in ("base_url", "auth_token_file"):
-        if vars(arguments)[option]:
-            words += [f"--{option.replace('_', '-')}", vars(arguments)[option]]
-    return shlex.join(words)
-
-
-async def _serve(arguments: argparse.Namespace) -> None:
+def _serve(arguments: argparse.Namespace) -> Coroutine[Any, Any, None]:
+    """Load the user's module, which may run event loops of its own, and return what serves its platform."""
     place = arguments.platform
     sys.path.insert(0, "")
+    module, _, name = place.partition(":")
     try:
-        module, _, name = place.partition(":")
         platform = getattr(importlib.import_module(module), name)
-    except Exception as exc:
-        raise ValueError(f"cannot load {place!r} (write MODULE:NAME): {type(exc).__name__}: {exc}") from None
+    except BaseException as exc:  # whatever the user's own code raises, sys.exit and pytest.skip among it
+        logging.getLogger("zamp_sdk").debug("loading %r has failed", place, exc_info=True)
+        reason = "".join(traceback.format_exception_only(type(exc), exc))  # not every exception can be printed
+        raise ValueError(f"cannot load {place!r} (write MODULE:NAME): {' '.join(reason.split())}") from None
     if not isinstance(platform, LocalPlatform):
-        raise TypeError(f"{place} must be a LocalPlatform, not {type(platform).__name__}")
+        raise ValueError(f"{place} must be a LocalPlatform, not {type(platform).__name__}")
     if arguments.port is not None:
         platform._port = arguments.port
     logging.getLogger("zamp_sdk").setLevel(logging.DEBUG if arguments.verbose else logging.INFO)  # for tracebacks
+    return _serving(platform)
+
+
+async def _serving(platform: LocalPlatform) -> None:
     try:
         platform.start()
     except OSError as exc:
         raise OSError(f"cannot listen on port {platform._port}: {exc.strerror}") from None
+    except RuntimeError as exc:  # the module has started it, or no thread can be had
+        raise OSError(f"cannot start the platform: {exc}") from None
     try:
         _tell(f"Serving {', '.join(platform.action_names)}; Ctrl-C ends it.")
-        print(f"export ZAMP_BASE_URL={platform.base_url} ZAMP_AUTH_TOKEN={platform.auth_token}", flush=True)
-        await asyncio.Event().wait()
+        _print(f"export ZAMP_BASE_URL={platform.base_url} ZAMP_AUTH_TOKEN={shlex.quote(platform.auth_token)}")
+        with contextlib.suppress(asyncio.CancelledError):  # a signal is how it is meant to end
+            await asyncio.Event().wait()
     finally:
         platform.stop()
 
