@@ -38,6 +38,7 @@ def platform(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalPlatform]:
     platform = LocalPlatform(time_scale=0.001)
     platform.action("echo")(lambda params: params)
     platform.action("wait")(time.sleep)
+    platform.action("doze")(asyncio.sleep)  # which the end of the platform ends
 
     @platform.action
     def fail(params: Any) -> Any:
@@ -274,9 +275,9 @@ def test_a_signal_ends_the_wait_and_says_how_to_collect(
     platform: LocalPlatform, run: Run, name: str, number: signal.Signals
 ) -> None:
     """Ctrl-C, SIGTERM and SIGHUP end a wait; the command that collects the result is printed."""
-    arguments = ["execute", "wait", "2"]
+    arguments = ["execute", "doze", "60"]
     if name == "result":
-        arguments = ["result", run("start", "wait", "2")[1].strip()]
+        arguments = ["result", run("start", "doze", "60")[1].strip()]
     asked = len(platform.requests)
     with command(*arguments) as process:
         while len(platform.requests) < asked + 3:
@@ -303,7 +304,7 @@ async def test_a_signal_while_starting_tells_the_doubt(number: signal.Signals) -
 @pytest.mark.skipif(shutil.which("timeout") is None, reason="needs timeout, of GNU coreutils or BusyBox")
 def test_timeout_ends_a_wait_as_ctrl_c_does(platform: LocalPlatform) -> None:
     """What timeout(1) ends, by a SIGTERM for the process and another one for its group, says how to collect."""
-    words = ["timeout", "60", sys.executable, "-m", "zamp_sdk", "execute", "wait", "2"]
+    words = ["timeout", "60", sys.executable, "-m", "zamp_sdk", "execute", "doze", "60"]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         while len(platform.requests) < 3:
             time.sleep(0.01)
@@ -315,7 +316,7 @@ def test_timeout_ends_a_wait_as_ctrl_c_does(platform: LocalPlatform) -> None:
 
 def test_two_signals_at_once_are_one(platform: LocalPlatform) -> None:
     """A second signal that follows the first at once does not keep the command from telling what it leaves behind."""
-    with command("execute", "wait", "2") as process:
+    with command("execute", "doze", "60") as process:
         while len(platform.requests) < 3:
             time.sleep(0.01)
         for _ in range(50):
@@ -531,7 +532,7 @@ def test_ctrl_c_says_what_is_left_running(
 ) -> None:
     """Ctrl-C says what is left running even where it comes while the command's own code runs."""
     interrupt_after(method)
-    code, out, err = run("execute", "wait", "2")
+    code, out, err = run("execute", "doze", "60")
     assert (code, out) == (130, "")
     assert re.search(words, err + caplog.text)
 
@@ -601,8 +602,15 @@ def test_serve_ends_as_process_1_of_a_container() -> None:
     assert (process.returncode, "Traceback" in err) == (0, False)
 
 
-def test_serve_in_a_script(tmp_path: Path) -> None:
-    """A script of sh serves in the background, takes the variables over, and ends the server without an error."""
+@pytest.mark.parametrize(
+    ("module", "code", "out", "err"),
+    [
+        ("mine", 0, "42\n", "Serving double; Ctrl-C ends it.\n"),
+        ("none", 1, "", "zamp-sdk: cannot load 'none:platform'"),
+    ],
+)
+def test_serve_in_a_script(tmp_path: Path, module: str, code: int, out: str, err: str) -> None:
+    """A script of sh takes the server's variables over and ends it well; where none can be served it ends itself."""
     (tmp_path / "mine.py").write_text(
         "from zamp_sdk.local_platform import LocalPlatform\n"
         "platform = LocalPlatform()\n"
@@ -613,8 +621,9 @@ def test_serve_in_a_script(tmp_path: Path) -> None:
     (tmp_path / "script.sh").write_text(
         "set -e\n"
         "mkfifo serve.env\n"
-        "python3 -m zamp_sdk serve mine:platform > serve.env &\n"
-        'read -r line < serve.env && eval "$line"\n'
+        f"python3 -m zamp_sdk serve {module}:platform > serve.env &\n"
+        "read -r line < serve.env\n"
+        'eval "$line"\n'
         "python3 -m zamp_sdk execute double 21\n"
         "kill $!\n"
         "wait $!\n"
@@ -630,7 +639,8 @@ def test_serve_in_a_script(tmp_path: Path) -> None:
         timeout=30,
         check=False,
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "42\n", "Serving double; Ctrl-C ends it.\n")
+    assert (done.returncode, done.stdout) == (code, out)
+    assert done.stderr.startswith(err)
 
 
 @pytest.mark.parametrize(
