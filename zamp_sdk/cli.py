@@ -3,8 +3,8 @@
 - Results go to stdout, as JSON; everything else goes to stderr, in printable lines. All streams are UTF-8, whatever the
   locale.
 - What a user typed in a wrong place may be a token, so no message repeats it.
-- While a command owes its user a result, ``arguments.owed`` is the action's id. However the command then ends, ``main``
-  prints the command that collects the result; nothing is said of an action that nobody has seen.
+- While a command owes its user a result, ``arguments.owed`` is the action's id. However the command then ends, the line
+  that collects the result is printed; nothing is said of an action that nobody has seen.
 - Messages speak of options and variables, not of Python's arguments.
 """
 
@@ -81,11 +81,15 @@ def _run(argv: Sequence[str] | None, arguments: argparse.Namespace, signals: _Si
     async def perform() -> int:
         signals.task = asyncio.current_task()
         awake = asyncio.ensure_future(_stay_awake())
+        # All is told here, before asyncio.run waits for threads: one may hang in a name lookup.
         try:
             await command
-        except EXPECTED as exc:  # told before asyncio.run waits for threads: one may hang in a name lookup
+        except EXPECTED as exc:
             return _tell_the_end(exc, arguments, signals)
         finally:
+            if arguments.owed is not None:  # beside the traceback of a fault of ours, too
+                collect = _command_that_collects(arguments)
+                _tell(f"To collect the result of action {arguments.owed}: {collect}")
             signals.task = None
             awake.cancel()
         return 0
@@ -94,7 +98,7 @@ def _run(argv: Sequence[str] | None, arguments: argparse.Namespace, signals: _Si
 
 
 def _tell_the_end(exc: BaseException, arguments: argparse.Namespace, signals: _Signals) -> int:
-    """Say why a command has ended, and how to collect the result that it owes; return its exit code."""
+    """Say why a command has ended, and return its exit code."""
     if isinstance(exc, asyncio.CancelledError):
         if signals.received is None:
             raise exc
@@ -109,8 +113,6 @@ def _tell_the_end(exc: BaseException, arguments: argparse.Namespace, signals: _S
         if isinstance(exc, ActionTimeoutError):  # whose own message goes on with a line of Python
             message = f"action {exc.action_id} had not ended after {exc.waited:.1f} s"
         _tell(f"zamp-sdk: {message}")
-    if arguments.owed is not None:
-        _tell(f"To collect the result of action {arguments.owed}: {_command_that_collects(arguments)}")
     return code
 
 
@@ -397,11 +399,7 @@ async def _print_result(handle: ActionHandle[Any], arguments: argparse.Namespace
     except ActionFailedError:  # it has ended, and the error says all there is to say
         arguments.owed = None
         raise
-    try:
-        text = _json(result)
-    except RecursionError:
-        raise ValueError("the result is nested too deeply to be printed") from None
-    _print(text)
+    _print(_json(result))
     arguments.owed = None
 
 
@@ -449,17 +447,10 @@ def _json(value: Any) -> str:
         text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False)
     except ValueError:  # JSON's 1e999 is infinite in Python
         _tell("zamp-sdk: the result has numbers that are not finite here; they are printed as null")
-        text = json.dumps(_finite(value), ensure_ascii=False, indent=2)
+        finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
+        text = json.dumps(finite, ensure_ascii=False, indent=2)
     # A lone surrogate cannot be written in UTF-8, but can be escaped.
     return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _draw(line: str) -> None:
