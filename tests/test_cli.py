@@ -853,6 +853,12 @@ def test_a_token_file_in_another_encoding_is_refused(platform: LocalPlatform, ru
         ("result", "act_1", "sk_live_x"),
         ("sk_live_x",),
         ("serve", "--auth-token", "sk_live_x"),
+        ("serve", "--port", "sk_live_x"),
+        ("execute", "echo", "1", "--timeout", "sk_live_x"),
+        ("execute", "echo", "1", "--maximum-attempts", "sk_live_x"),
+        ("execute", "echo", "1", "--backoff-coefficient=sk_live_x"),
+        ("-vsk_live_x", "execute", "echo", "1"),
+        ("execute", "echo", "1", "--verbose=sk_live_x"),
     ],
 )
 def test_what_may_be_a_token_is_never_repeated(platform: LocalPlatform, run: Run, arguments: tuple[str, ...]) -> None:

@@ -192,7 +192,7 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         if message.startswith("argument COMMAND: invalid choice"):  # and then it is repeated
             message = f"no such command; {self.prog} --help lists them"
-        super().error(message)
+        super().error(re.sub("(invalid [a-z]+ value|ignored explicit argument).*", r"\1", message, flags=re.DOTALL))
 
 
 def _program() -> list[str]:
