@@ -478,6 +478,21 @@ def test_cancelling_all_tasks_ends_only_what_is_awaited(platform: LocalPlatform,
     assert client.outcome(ids[1]) == {"status": "COMPLETED", "result": "True"}
 
 
+def test_a_coroutine_that_blocks_holds_up_only_its_like(platform: LocalPlatform, client: Client) -> None:
+    """A coroutine that blocks its event loop times out in time, and functions run meanwhile."""
+    go_on = threading.Event()
+
+    @platform.action
+    async def block(params: Any) -> None:
+        go_on.wait(10)
+
+    try:
+        assert client.execute("block", start_to_close_timeout_seconds=0.05)["status"] == "TIMED_OUT"
+        assert client.execute("echo", 1)["result"] == 1
+    finally:
+        go_on.set()
+
+
 class UnprintableError(Exception):
     """An exception whose text cannot be had."""
 

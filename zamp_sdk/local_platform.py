@@ -123,7 +123,7 @@ class LocalPlatform:
         self._own()
 
     def _own(self) -> None:
-        """Belong to this process, and have no thread yet."""
+        """Belong to this process, with no server yet, and with locks that no thread of a parent holds."""
         self._process = os.getpid()
         self._server: _Server | None = None
         self._starting = threading.Lock()  # held by start and stop: guards the server and the runner
@@ -232,7 +232,7 @@ class LocalPlatform:
             RuntimeError: It runs already.
             OSError: The port cannot be listened on.
         """
-        if self._process != os.getpid():
+        if self._process != os.getpid():  # a forked child may run one of its own
             self._own()
         with self._starting:
             if self._server is not None:
@@ -353,9 +353,9 @@ class LocalPlatform:
                 return action_id
             self._running.add(action_id)
 
-        def end(ended: Future[str]) -> None:
-            if not ended.cancelled():  # as `stop` cancels it
-                outcome = ended.result()
+        def end(running: Future[str]) -> None:
+            if not running.cancelled():  # by `stop`
+                outcome = running.result()
                 with self._lock:
                     self._running.discard(action_id)
                     self._untold.add(action_id, outcome, len(outcome))
@@ -449,7 +449,7 @@ class _Runner:
 
     def __init__(self, time_scale: float) -> None:
         self._time_scale = time_scale
-        self._functions = _Threads()  # started by the platform's loop only
+        self._functions = _Threads()
         self._platform_loop = _LoopThread()
         self._actions_loop = _LoopThread()
 
@@ -473,7 +473,7 @@ class _Runner:
             ended = await self._attempt(function, start["params"], start["start_to_close_timeout_seconds"])
             if ended.error is None:
                 break
-            with contextlib.suppress(BaseException):  # what prints exceptions and takes records is the user's, too
+            with contextlib.suppress(BaseException):  # exceptions and log handlers may be the user's own
                 _logger.info("attempt %d of action %s (%r) failed", attempt, action_id, name, exc_info=ended.error)
             if attempt == policy.maximum_attempts:  # 0 is no limit, for no attempt has that number
                 break
@@ -519,7 +519,7 @@ class _Threads:
         self._enough = 0  # so many are looked through for those that have ended
 
     def run(self, function: Callable[[], Any]) -> Future[Any]:
-        """Call a function that raises nothing in a thread of its own; itself always called by the same thread."""
+        """Call a function, which raises nothing, in a thread of its own. Only one thread may use this method."""
         result: Future[Any] = Future()
         result.set_running_or_notify_cancel()  # it cannot be cancelled, only left behind
         thread = threading.Thread(target=lambda: result.set_result(function()), name="zamp-local-platform", daemon=True)
@@ -571,7 +571,7 @@ class _LoopThread:
     def _run_until(self, future: asyncio.Future[Any]) -> None:
         future.add_done_callback(lambda _: self._loop.stop())
         while not future.done():
-            # A task that raises one of them ends run_forever, and so does who stops the loop; it can go on.
+            # A task that raises one of these ends run_forever, as loop.stop() does. The loop can be run on.
             with contextlib.suppress(SystemExit, KeyboardInterrupt):
                 self._loop.run_forever()
 
@@ -625,7 +625,7 @@ class _Server(ThreadingTCPServer):  # an HTTPServer would look up this machine's
     """Listens from its making on, answers from ``serve`` to ``stop``; a thread and a connection for each request."""
 
     allow_reuse_address = True
-    request_queue_size = 1024  # connections at once, as 20 processes with 50 each make them
+    request_queue_size = 1024  # connections not yet accepted, as 20 processes with 50 each may make them at once
 
     def __init__(
         self,
