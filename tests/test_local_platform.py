@@ -764,10 +764,10 @@ def test_a_client_that_goes_away_is_no_error(client: Client, capfd: pytest.Captu
 
 @pytest.fixture
 def forgetful(monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalPlatform]:
-    """A running platform that keeps three requests and three ended actions, and of large ones 1,000 bytes."""
+    """A running platform that keeps three requests and three ended actions, and of large ones 100,000 bytes."""
     monkeypatch.setattr(local_platform, "_KEPT", 3, raising=False)
-    monkeypatch.setattr(local_platform, "_KEPT_BYTES", 1000, raising=False)
-    monkeypatch.setattr(local_platform, "_UNTOLD_BYTES", 2000, raising=False)
+    monkeypatch.setattr(local_platform, "_KEPT_BYTES", 100_000, raising=False)
+    monkeypatch.setattr(local_platform, "_UNTOLD_BYTES", 200_000, raising=False)
     platform = LocalPlatform()
     platform.action(echo)
     with platform:
@@ -784,15 +784,26 @@ def test_the_newest_requests_are_kept(forgetful: LocalPlatform) -> None:
 
 
 def test_of_large_requests_fewer_are_kept(forgetful: LocalPlatform) -> None:
-    """Bodies that are too much together are forgotten from the oldest on, and the newest is kept whatever its size."""
+    """What is too much together is forgotten from the oldest on, and the newest is kept whatever its size."""
     client = Client(forgetful)
-    for size in (300, 300, 600):
-        client.send("POST", "/actions", json.dumps("x" * (size - 2)))
-    assert [len(request.body) for request in forgetful.requests] == [298, 598]
-    client.send("POST", "/actions", json.dumps("x" * 5000))
-    assert [len(request.body) for request in forgetful.requests] == [5000]
-    client.send("POST", "/actions", "1")
-    assert [request.body for request in forgetful.requests] == [1]
+
+    def sent(length: int) -> list[int]:
+        client.send("POST", "/actions", json.dumps("x" * length))
+        return [len(request.body) for request in forgetful.requests]
+
+    assert [sent(length) for length in (30_000, 60_000)] == [[30_000], [30_000, 60_000]]
+    assert sent(20_000) == [60_000, 20_000]
+    assert sent(500_000) == [500_000]
+    assert sent(10) == [10]
+
+
+def test_headers_count_as_room_that_a_request_takes(forgetful: LocalPlatform) -> None:
+    """A request without a body is large if its headers are, and if it was refused, too."""
+    client = Client(forgetful)
+    for token in ("wrong", forgetful.auth_token):
+        for number in range(2):
+            client.send("GET", f"/actions/{number}", Authorization=f"Bearer {token}", X="x" * 60_000)
+        assert [request.path for request in forgetful.requests] == ["/actions/1"]
 
 
 @pytest.mark.parametrize("is_told", [False, True])
@@ -841,7 +852,7 @@ def test_a_running_action_is_never_forgotten(forgetful: LocalPlatform) -> None:
 def test_large_outcomes_are_kept_until_they_are_told(forgetful: LocalPlatform) -> None:
     """What clients have been told is forgotten before what none has asked for, which may be asked for any time."""
     client = Client(forgetful)
-    ids = [client.start("echo", "x" * 600).body["id"] for _ in range(3)]
+    ids = [client.start("echo", "x" * 60_000).body["id"] for _ in range(3)]
     until(lambda: not forgetful._running)
     statuses = [client.poll(action_id).body["status"] for action_id in ids]
     assert statuses == ["COMPLETED"] * 3

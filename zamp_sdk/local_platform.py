@@ -51,8 +51,8 @@ _LINGER_SECONDS = 2.0  # for a client to read why its body was not read
 _MAX_BODY = 64 * 2**20  # bytes of a request: as many as the SDK reads of a reply
 
 _KEPT = 10_000  # requests, and ended actions: more than a test looks at, and a few dozen megabytes
-_KEPT_BYTES = 64 * 2**20  # of JSON, in the requests that are kept, and in the outcomes that a client has been told
-_UNTOLD_BYTES = 2**30  # of JSON, in outcomes that no client has been told: who started them may be about to ask
+_KEPT_BYTES = 64 * 2**20  # of all requests that are kept, as sent, and of the outcomes that a client has been told
+_UNTOLD_BYTES = 2**30  # of the outcomes that no client has been told: who started them may be about to ask
 
 # What a client on this machine calls it, at whatever port a tunnel may have. A web page that has its own name point
 # here (DNS rebinding) sends that name.
@@ -77,8 +77,8 @@ class LocalPlatform:
 
     It answers requests that have its token and name 127.0.0.1 or localhost as their host, so that no web page can have
     them sent, with bodies of up to 64 MiB. Its memory is bounded: it knows all actions that run, the newest 10,000
-    that have ended, and the newest 10,000 requests; of large ones fewer (64 MiB of JSON in requests, 64 MiB in
-    outcomes that a client has been told, 1 GiB in those that none has).
+    that have ended, and the newest 10,000 requests. Of large ones it knows fewer: 64 MiB of requests, 64 MiB of
+    outcomes that a client has been told, 1 GiB of those that none has.
 
     Args:
         auth_token: The token that clients must send: printable ASCII without white space.
@@ -176,7 +176,7 @@ class LocalPlatform:
 
     @property
     def requests(self) -> list[RecordedRequest]:
-        """The newest 10,000 requests (up to 64 MiB of bodies) since the last start or ``clear``: a copy."""
+        """The requests since the last start or ``clear``, of the last 10,000 or 64 MiB: a copy."""
         with self._lock:
             return self._requests.values()
 
@@ -305,13 +305,14 @@ class LocalPlatform:
             raise _RefusedError(413, f"the body must not be over {_MAX_BODY} bytes long")
         return int(length)
 
-    def _record(self, request: RecordedRequest, size: int) -> None:
+    def _record(self, request: RecordedRequest, body_length: int) -> None:
         headers = {name: "***" if name == "authorization" else value for name, value in request.headers.items()}
+        size = body_length + len(request.path) + sum(len(name) + len(value) for name, value in headers.items())
         with self._lock:
             self._requests.add(next(self._numbers), request._replace(headers=headers), size)
 
-    def _answer(self, request: RecordedRequest, size: int) -> _Object:
-        self._record(request, size)
+    def _answer(self, request: RecordedRequest, body_length: int) -> _Object:
+        self._record(request, body_length)
         with self._lock:
             self._keep_to_the_rate_limit()
             self._meet_a_fault("start" if request.method == "POST" else "poll")
