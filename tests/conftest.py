@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-import trustme
 
+from tests.certificates import Authority
 from tests.servers import TOKEN, server_context
 from zamp_sdk.action_executor import exchange, executor, http_client, lifecycle, messages, pool
 from zamp_sdk.action_executor.models import SdkConfig
@@ -174,27 +174,25 @@ def assert_no_token(caplog: pytest.LogCaptureFixture) -> Iterator[CheckNoToken]:
 
 
 @pytest.fixture(scope="session")
-def ca() -> trustme.CA:
+def ca(tmp_path_factory: pytest.TempPathFactory) -> Authority:
     """A certificate authority that only the tests know."""
-    return trustme.CA()
+    return Authority(tmp_path_factory.mktemp("certificates"))
 
 
 @pytest.fixture(scope="session")
-def localhost(ca: trustme.CA) -> trustme.LeafCert:
+def localhost(ca: Authority) -> Path:
     """A good certificate for the servers of the tests."""
-    return ca.issue_cert("127.0.0.1", "localhost", "platform.test")
+    return ca.issue("127.0.0.1", "localhost", "platform.test")
 
 
 @pytest.fixture
-def trusted(ca: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def trusted(ca: Authority, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Trust the tests' authority, as a user does it: through SSL_CERT_FILE."""
-    path = tmp_path / "ca.pem"
-    ca.cert_pem.write_to_path(str(path))
-    monkeypatch.setenv("SSL_CERT_FILE", str(path))
-    return path
+    monkeypatch.setenv("SSL_CERT_FILE", str(ca.file))
+    return ca.file
 
 
 @pytest.fixture
-def tls(localhost: trustme.LeafCert, trusted: Path) -> Any:
+def tls(localhost: Path, trusted: Path) -> Any:
     """The TLS side of a server that the client trusts."""
     return server_context(localhost)

@@ -20,10 +20,10 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, Callable, NamedTuple
 
 import h11
-import trustme
 
 TOKEN = "zamp-7f3a9c-token-that-must-never-be-shown"
 ACTION_ID = "action-1"
@@ -317,13 +317,17 @@ class Server:
 # --- certificates and ports -------------------------------------------------------------------------------------------
 
 
-def server_context(cert: trustme.LeafCert) -> ssl.SSLContext:
+def server_context(cert: Path, *, clients: Path | None = None) -> ssl.SSLContext:
+    """The TLS side of a server with this certificate; with ``clients`` it wants one of theirs, from this authority."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    cert.configure_cert(context)
+    context.load_cert_chain(cert)
+    if clients is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+        context.load_verify_locations(clients)
     return context
 
 
-def tls_1_1_context(cert: trustme.LeafCert) -> ssl.SSLContext:
+def tls_1_1_context(cert: Path) -> ssl.SSLContext:
     """A server that speaks nothing newer than TLS 1.1; raises ssl.SSLError where OpenSSL cannot be one."""
     context = server_context(cert)
     with warnings.catch_warnings():

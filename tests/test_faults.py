@@ -22,13 +22,12 @@ import socket
 import ssl
 import time
 from collections.abc import Iterator
-from datetime import datetime, timedelta, timezone
 from typing import Any, Callable
 
 import pytest
-import trustme
 
 from tests import cases
+from tests.certificates import Authority
 from tests.conftest import CheckNoToken, Pace, Resolver
 from tests.servers import (
     ACTION_ID,
@@ -350,7 +349,7 @@ Inject = Callable[[str, int], None]
 
 
 @pytest.fixture
-def inject(row: tuple[type[World], Fault], world: World, pace: Pace, ca: trustme.CA) -> Iterator[Inject]:
+def inject(row: tuple[type[World], Fault], world: World, pace: Pace, ca: Authority) -> Iterator[Inject]:
     """Give a function that lets the row's fault hit the next requests of a method."""
     fault = row[1]
     with contextlib.ExitStack() as stack:
@@ -370,29 +369,20 @@ def inject(row: tuple[type[World], Fault], world: World, pace: Pace, ca: trustme
         yield inject
 
 
-def _bad_tls(kind: str, ca: trustme.CA) -> ssl.SSLContext:
-    now = datetime.now(timezone.utc)
+def _bad_tls(kind: str, ca: Authority) -> ssl.SSLContext:
     if kind == "TLS 1.1":
         try:
-            return tls_1_1_context(ca.issue_cert("localhost"))
+            return tls_1_1_context(ca.issue("localhost"))
         except ssl.SSLError as exc:
             pytest.skip(f"this OpenSSL cannot be a TLS 1.1 server: {exc}")
     if kind == "self-signed":
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        itself = trustme.CA()
-        with itself.cert_pem.tempfile() as cert_path, itself.private_key_pem.tempfile() as key_path:
-            context.load_cert_chain(cert_path, key_path)
-        return context
+        return server_context(Authority(ca.folder).itself)
     cert = {
-        "untrusted": lambda: trustme.CA().issue_cert("localhost"),
-        "expired": lambda: ca.issue_cert(
-            "localhost", not_before=now - timedelta(days=2), not_after=now - timedelta(days=1)
-        ),
-        "not yet valid": lambda: ca.issue_cert(
-            "localhost", not_before=now + timedelta(days=1), not_after=now + timedelta(days=2)
-        ),
-        "wrong host": lambda: ca.issue_cert("elsewhere.test", "127.0.0.2"),
-        "common name only": lambda: ca.issue_cert(common_name="localhost"),
+        "untrusted": lambda: Authority(ca.folder).issue("localhost"),
+        "expired": lambda: ca.issue("localhost", days=(-2, -1)),
+        "not yet valid": lambda: ca.issue("localhost", days=(1, 2)),
+        "wrong host": lambda: ca.issue("elsewhere.test", "127.0.0.2"),
+        "common name only": lambda: ca.issue(common_name="localhost"),
     }[kind]()
     return server_context(cert)
 

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-import trustme
 
 import zamp_sdk
+from tests.certificates import Authority
 from tests.conftest import CheckNoToken, Pace, Resolver
 from tests.servers import (
     ACTION_ID,
@@ -1038,14 +1038,14 @@ async def test_a_proxy_url_that_is_none_is_not_quoted(
 
 
 async def test_the_authorities_in_ssl_cert_dir_are_trusted(
-    ca: trustme.CA, localhost: trustme.LeafCert, pace: Pace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ca: Authority, localhost: Path, pace: Pace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """SSL_CERT_DIR names a directory of certificates under their hashes, as c_rehash makes it."""
     openssl = shutil.which("openssl")
     if openssl is None:
         pytest.skip("needs the openssl command to hash a certificate's name")
     pem = tmp_path / "ca.pem"
-    ca.cert_pem.write_to_path(str(pem))
+    pem.write_bytes(ca.file.read_bytes())
     name_hash = subprocess.run(
         [openssl, "x509", "-noout", "-subject_hash", "-in", str(pem)], stdout=subprocess.PIPE, text=True, check=True
     ).stdout.strip()
@@ -1057,7 +1057,7 @@ async def test_the_authorities_in_ssl_cert_dir_are_trusted(
 
 @pytest.mark.parametrize("variable", ["SSL_CERT_FILE", "SSL_CERT_DIR"])
 async def test_certificates_that_do_not_exist_are_named(
-    variable: str, localhost: trustme.LeafCert, pace: Pace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    variable: str, localhost: Path, pace: Pace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """OpenSSL says nothing of a path that does not exist; the error does."""
     path = str(tmp_path / "nowhere")

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
-import trustme
 
 import zamp_sdk
+from tests.certificates import Authority
 from tests.conftest import CheckNoToken, Pace
 from tests.servers import (
     ACTION_ID,
@@ -131,9 +131,7 @@ async def test_a_single_byte_too_many_ends_a_connection(surplus: bytes, server: 
     await eventually(lambda: server.open_connections == 1)
 
 
-async def test_half_a_tls_record_too_many_ends_a_connection(
-    localhost: trustme.LeafCert, trusted: Path, pace: Pace
-) -> None:
+async def test_half_a_tls_record_too_many_ends_a_connection(localhost: Path, trusted: Path, pace: Pace) -> None:
     """A reply of which TLS can decrypt nothing yet is left over all the same."""
     context = server_context(localhost)
 
@@ -576,7 +574,7 @@ def test_address_families_take_turns() -> None:
 
 
 async def test_authorities_that_come_late_are_read(
-    ca: trustme.CA, localhost: trustme.LeafCert, pace: Pace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ca: Authority, localhost: Path, pace: Pace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process whose first request came before the CA file existed recovers by itself."""
     path = tmp_path / "ca.pem"
@@ -584,7 +582,7 @@ async def test_authorities_that_come_late_are_read(
     with Server(server_context(localhost)) as server:
         with pytest.raises(HttpClientError, match="which does not exist"):
             await start(server.url)
-        ca.cert_pem.write_to_path(str(path))
+        path.write_bytes(ca.file.read_bytes())
         assert await execute(server.url) == RESULT
         assert server.count("POST") == 1
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Union
 
-import trustme
+from tests.certificates import Authority
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".bench"
@@ -49,19 +49,17 @@ class Laboratory:
         self.python_version = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
         for side, source in self._sources.items():
             self._install(side, source)
-        authority = trustme.CA()
-        authority.cert_pem.write_to_path(str(CACHE / "ca.pem"))
-        certificate = authority.issue_cert("127.0.0.1")
-        certificate.private_key_and_cert_chain_pem.write_to_path(str(CACHE / "server.pem"))
+        authority = Authority(CACHE)
+        certificate = authority.issue("127.0.0.1")
         self._server = subprocess.Popen(
-            [sys.executable, Path(__file__).with_name("server.py"), CACHE / "server.pem", *map(str, LATENCIES)],
+            [sys.executable, Path(__file__).with_name("server.py"), certificate, *map(str, LATENCIES)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
         self._ports = {(port["tls"], port["latency"]): port["port"] for port in self._answer()}
         # Nothing of the caller's must reach the programs: no PYTHONDONTWRITEBYTECODE, no proxy, no logging.
-        self._environment = {"PATH": os.environ["PATH"], "SSL_CERT_FILE": str(CACHE / "ca.pem")}
+        self._environment = {"PATH": os.environ["PATH"], "SSL_CERT_FILE": str(authority.file)}
         return self
 
     def __exit__(

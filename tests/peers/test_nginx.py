@@ -5,13 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import trustme
 
 from tests.peers.conftest import find_program, running
 from tests.servers import ACTION_ID, RESULT, TOKEN, Act, Server, eventually, hang_up, raw, reply
@@ -79,7 +79,7 @@ class Nginx:
 @contextlib.contextmanager
 def nginx_before(
     upstream: int,
-    certificate: trustme.LeafCert,
+    certificate: Path,
     folder: Path,
     *,
     protocols: str = "TLSv1.2 TLSv1.3",
@@ -87,7 +87,7 @@ def nginx_before(
 ) -> Iterator[Nginx]:
     """Run nginx in front of a port of 127.0.0.1, its files in this folder."""
     program = find_program("nginx", "nginx-light")
-    certificate.private_key_and_cert_chain_pem.write_to_path(str(folder / "server.pem"))
+    shutil.copy(certificate, folder / "server.pem")
 
     def command(port: int) -> list[str]:
         config = folder / "nginx.conf"
@@ -107,7 +107,7 @@ def upstream() -> Iterator[Server]:
 
 
 @pytest.fixture
-def nginx(upstream: Server, localhost: trustme.LeafCert, trusted: Path, tmp_path: Path) -> Iterator[Nginx]:
+def nginx(upstream: Server, localhost: Path, trusted: Path, tmp_path: Path) -> Iterator[Nginx]:
     """An nginx that the client trusts, in front of the scripted platform."""
     with nginx_before(upstream.port, localhost, tmp_path) as nginx:
         yield nginx
@@ -119,7 +119,7 @@ async def execute(nginx: Nginx, params: Any = None, path: str = "") -> Any:
 
 
 async def test_connections_that_nginx_ends_after_three_requests_cost_nothing(
-    localhost: trustme.LeafCert, trusted: Path, tmp_path: Path
+    localhost: Path, trusted: Path, tmp_path: Path
 ) -> None:
     """100 actions at once get each its own result, are started once each, and reuse connections up to nginx's limit."""
     platform = LocalPlatform(auth_token=TOKEN)
@@ -265,7 +265,7 @@ async def test_a_result_cut_short_on_its_way_is_asked_for_again(nginx: Nginx, up
 
 @pytest.mark.parametrize("version", ["TLSv1.2", "TLSv1.3"])
 async def test_tls_connections_are_reused(
-    upstream: Server, localhost: trustme.LeafCert, trusted: Path, tmp_path: Path, version: str
+    upstream: Server, localhost: Path, trusted: Path, tmp_path: Path, version: str
 ) -> None:
     """A start and its poll share a connection in either version of TLS."""
     with nginx_before(upstream.port, localhost, tmp_path, protocols=version) as nginx:
