@@ -1368,7 +1368,7 @@ def bug(*_: Any, **__: Any) -> Any:
         pytest.param((messages, "open_request"), id="hop"),
         pytest.param((messages.ReplyReader, "proceed"), id="hop that reads"),
         pytest.param((messages._Source, "readline"), id="hop in http.client"),
-        pytest.param((messages._HTTPConnection, "send"), id="hop in urllib.request"),
+        pytest.param((messages._HTTPConnection, "request"), id="hop in urllib.request"),
         pytest.param((connections, "_begin_to_connect"), id="dial"),
         pytest.param((connections, "_interleaved"), id="dial after the lookup"),
         pytest.param((connections.Connection, "flush"), id="connection"),

@@ -125,36 +125,43 @@ def open_request(
     """Send a request as far as the socket takes it; return the reply if it comes within 2 ms, or else its reader."""
     reader = ReplyReader(connection, request.method)
     # Made anew each time: a second opening would send the proxy what is for the platform. Only cookies need an origin.
-    prepared = _Request(url, request.body, dict(headers), origin_req_host="", method=request.method)
+    prepared: Any = urllib.request.Request(url, request.body, dict(headers), origin_req_host="", method=request.method)
+    if request.body is not None:  # or else urllib.request asks http.client.HTTPConnection
+        prepared.add_unredirected_header("Content-length", str(len(request.body)))
     prepared.connection_class = functools.partial(_HTTPConnection, reader=reader, hops=hops)
-    _opener().open(prepared)
+    _opener(urllib.request.OpenerDirector).open(prepared)
     return reader.reply or reader
 
 
-class _Request(urllib.request.Request):
-    connection_class: Any  # which do_open makes its connection with
+class _HTTPConnection:
+    """What ``do_open`` writes a request to and asks for the response, as to an http.client.HTTPConnection.
 
+    It is none: a test tool may have replaced that class for a while, and a tracer its methods, which would see half.
+    """
 
-class _HTTPConnection(http.client.HTTPConnection):
-    """What ``do_open`` writes a request to and asks for the response; it is connected already."""
+    sock = None  # which do_open closes
 
     def __init__(self, host: str, *, reader: ReplyReader, hops: Hops, **_: Any) -> None:
-        super().__init__(host)
         self._reader = reader
         self._hops = hops
         self._connection = reader.connection
         if host != self._connection.route.authority:
             raise RouteChangedError("the proxy settings have just changed")
 
+    def set_debuglevel(self, level: int) -> None:
+        pass
+
     def set_tunnel(self, host: str, port: int | None = None, headers: Mapping[str, str] | None = None) -> None:
         pass  # it leads through the tunnel already
 
-    def request(self, method: str, url: str, body: Any = None, headers: Any = None, **_: Any) -> None:
-        keep_alive = {name: value for name, value in headers.items() if name != "Connection"}
-        super().request(method, url, body, keep_alive)  # do_open's own header asks for the connection's end
+    def close(self) -> None:
+        pass
 
-    def send(self, data: Any) -> None:
-        self._connection.send(data)
+    def request(self, method: str, url: str, body: bytes | None, headers: Mapping[str, str], **_: Any) -> None:
+        # do_open's own Connection header asks for the connection's end.
+        fields = [f"{name}: {value}" for name, value in headers.items() if name != "Connection"]
+        head = "\r\n".join([f"{method} {url} HTTP/1.1", *fields, "", ""])
+        self._connection.send(head.encode("latin-1") + (body or b""))
 
     def getresponse(self) -> Any:
         if not self._hops.remaining():  # urllib.request has looked a name up, say; nothing was sent yet
@@ -187,7 +194,7 @@ class _PendingResponse:
 
 
 class _Handler(urllib.request.AbstractHTTPHandler):
-    def http_open(self, request: _Request) -> http.client.HTTPResponse:
+    def http_open(self, request: Any) -> http.client.HTTPResponse:
         return self.do_open(request.connection_class, request)
 
     https_open = http_open
@@ -195,8 +202,9 @@ class _Handler(urllib.request.AbstractHTTPHandler):
 
 
 @functools.cache
-def _opener() -> urllib.request.OpenerDirector:
-    opener = urllib.request.OpenerDirector()
+def _opener(director: type[urllib.request.OpenerDirector]) -> urllib.request.OpenerDirector:
+    """Return the opener made of this class, which a test tool may have replaced for a while."""
+    opener = director()
     opener.add_handler(_proxies())
     opener.add_handler(_Handler(debuglevel=0))
     return opener
