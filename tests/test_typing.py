@@ -1,14 +1,16 @@
-"""What type checkers make of the public calls; tests/data/typing_cases.py has the cases."""
+"""What type checkers make of the public calls (tests/data/typing_cases.py has the cases), and programs at run time."""
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import subprocess
 import sys
+import typing
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("mypy", reason="mypy is among the tools for linting, which are not installed for every Python")
 
 ROOT = Path(__file__).resolve().parent.parent
 CASES = Path("tests", "data", "typing_cases.py")
@@ -16,6 +18,7 @@ CASES = Path("tests", "data", "typing_cases.py")
 
 def check(*arguments: str | Path) -> tuple[int, str]:
     """Run mypy with the project's strict settings; return its exit status and what it says of the file itself."""
+    pytest.importorskip("mypy", reason="mypy is among the tools for linting, which are not installed for every Python")
     done = subprocess.run(
         [sys.executable, "-m", "mypy", "--follow-imports=silent", *arguments],
         cwd=ROOT,
@@ -49,3 +52,46 @@ def test_cases_can_fail(tmp_path: Path) -> None:
     assert 'Expression is of type "Invoice", not "str"  [assert-type]' in report
     assert 'Unused "type: ignore" comment  [unused-ignore]' in report
     assert "Found 2 errors in 1 file" in report
+
+
+PUBLIC_MODULES = [
+    "zamp_sdk",
+    "zamp_sdk.action_executor",
+    "zamp_sdk.action_executor.executor",
+    "zamp_sdk.action_executor.models",
+    "zamp_sdk.action_executor.utils",
+    "zamp_sdk.cli",
+    "zamp_sdk.errors",
+    "zamp_sdk.local_platform",
+]
+
+
+def annotated(module: object) -> Iterator[tuple[str, object]]:
+    """Yield the public functions and classes of a module that are this package's, and the classes' public methods."""
+    for name, value in vars(module).items():
+        if name.startswith("_") or getattr(value, "__module__", None) not in PUBLIC_MODULES:
+            continue
+        if inspect.isclass(value) or inspect.isfunction(value):
+            yield name, value
+        if inspect.isclass(value):
+            for member, raw in vars(value).items():
+                method = raw.fget if isinstance(raw, property) else getattr(value, member)
+                if inspect.isroutine(method) and (member == "__init__" or not member.startswith("_")):
+                    yield f"{name}.{member}", method
+
+
+@pytest.mark.parametrize("name", PUBLIC_MODULES)
+def test_hints_can_be_resolved_at_run_time(name: str) -> None:
+    """``typing.get_type_hints``, by which other libraries look at functions, works on everything public."""
+    found = dict(annotated(importlib.import_module(name)))
+
+    assert found
+    for place, value in found.items():
+        assert typing.get_type_hints(value) is not None, place
+
+
+def test_hints_say_what_is_optional() -> None:
+    """What may be left out, or be None, is so at run time, too, in the words of the oldest Python."""
+    hints = typing.get_type_hints(importlib.import_module("zamp_sdk.errors").HttpClientError.__init__)
+
+    assert hints["status_code"] == typing.Optional[int]

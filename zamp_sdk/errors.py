@@ -5,7 +5,7 @@ Bad arguments are plain ``ValueError`` and ``TypeError``. None of these holds th
 
 from __future__ import annotations
 
-from typing import Any, Mapping
+from typing import Any, Mapping, Optional
 
 
 class ZampError(Exception):
@@ -35,11 +35,11 @@ class HttpClientError(ZampError):
     def __init__(
         self,
         message: str,
-        status_code: int | None = None,
-        response_body: str | None = None,
+        status_code: Optional[int] = None,
+        response_body: Optional[str] = None,
         *,
-        headers: Mapping[str, str] | None = None,
-        action_id: str | None = None,
+        headers: Optional[Mapping[str, str]] = None,
+        action_id: Optional[str] = None,
         may_have_started: bool = False,
     ) -> None:
         super().__init__(message)

@@ -85,7 +85,7 @@ class Start(BaseModel):
     params: Any
     is_external_action: bool
     summary: str = ""
-    retry_policy: Optional[Policy] = None  # noqa: UP045  # pydantic evaluates it, and Python 3.9 has no other
+    retry_policy: Optional[Policy] = None  # pydantic evaluates it, and Python 3.9 has no other
     start_to_close_timeout_seconds: float = 0
 
 

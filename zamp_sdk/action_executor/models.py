@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass, field
 from datetime import timedelta
 from enum import Enum
-from typing import Any
+from typing import Any, Optional
 
 from ..errors import MissingConfigError
 
@@ -98,7 +98,7 @@ class SdkConfig:
             raise ValueError("auth_token must be printable ASCII without white space, and not empty (RFC 6750)")
 
     @classmethod
-    def resolve(cls, base_url: str | None, auth_token: str | None) -> SdkConfig:
+    def resolve(cls, base_url: Optional[str], auth_token: Optional[str]) -> SdkConfig:
         """Take each value from its argument, or else the environment."""
         return cls(_given("base_url", base_url, "ZAMP_BASE_URL"), _given("auth_token", auth_token, "ZAMP_AUTH_TOKEN"))
 
