@@ -42,6 +42,8 @@ type-check: $(INSTALLED) ## Check the types, strictly
 
 # Coverage is of the whole suite: PYTEST_ARGS=tests/test_errors.py runs that file alone, without it.
 test: $(INSTALLED) ## Run the tests with coverage, or those of PYTEST_ARGS without
+	@command -v openssl >/dev/null || { \
+		echo 'The tests make certificates with openssl, which is not here (on Debian and Ubuntu: apt install openssl).'; exit 1; }
 	$(PY) -m pytest $(or $(PYTEST_ARGS),--cov -n 4 --dist worksteal)
 
 test-peers: $(INSTALLED) ## Run the tests against real programs (nginx, tinyproxy, the official SDK, ...)

@@ -1024,7 +1024,10 @@ def test_a_reader_that_has_gone_away_is_exit_code_141(platform: LocalPlatform) -
 
 def test_a_terminal_shows_the_progress_until_the_end(platform: LocalPlatform) -> None:
     """On a terminal a line tells status, time and next poll, and is gone at the end."""
-    leader, follower = pty.openpty()
+    try:
+        leader, follower = pty.openpty()
+    except OSError as exc:
+        pytest.skip(f"this machine has no pseudo-terminal to give: {exc}")
     with command("execute", "wait", "0.6", stderr=follower) as process:
         os.close(follower)
         assert process.communicate(timeout=20)[0] == "null\n"

@@ -49,7 +49,7 @@ PUBLIC: dict[str, dict[str, str]] = {
     },
     "RetryPolicy": {"default": "() -> 'RetryPolicy'"},
     "SdkConfig": {
-        "resolve": "(base_url: 'str | None', auth_token: 'str | None') -> 'SdkConfig'",
+        "resolve": "(base_url: 'Optional[str]', auth_token: 'Optional[str]') -> 'SdkConfig'",
     },
     "LocalPlatform": {
         "action": "(self, name: 'Any') -> 'Any'",
@@ -84,8 +84,8 @@ CONSTRUCTORS: dict[str, str] = {
     ),
     "ZampError": "(message: 'str') -> 'None'",
     "HttpClientError": (
-        "(message: 'str', status_code: 'int | None' = None, response_body: 'str | None' = None, *, "
-        "headers: 'Mapping[str, str] | None' = None, action_id: 'str | None' = None, "
+        "(message: 'str', status_code: 'Optional[int]' = None, response_body: 'Optional[str]' = None, *, "
+        "headers: 'Optional[Mapping[str, str]]' = None, action_id: 'Optional[str]' = None, "
         "may_have_started: 'bool' = False) -> 'None'"
     ),
     "ActionFailedError": (
