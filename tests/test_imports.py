@@ -243,7 +243,7 @@ ARROWS: dict[str, set[str]] = {
     "action_executor.exchange": {
         "action_executor.connections",
         "action_executor.hops",
-        "action_executor.messages?",
+        "action_executor.messages",
         "action_executor.models",
         "action_executor.pool",
         "action_executor.redaction",
@@ -251,7 +251,6 @@ ARROWS: dict[str, set[str]] = {
     },
     "action_executor.http_client": {
         "action_executor.exchange?",
-        "action_executor.messages?",
         "action_executor.models?",
         "action_executor.wire",
     },

@@ -8,19 +8,22 @@ works on it has ended. So nothing is ever closed under a thread, and no thread h
 
 What the network, a peer or this machine's limits can cause is an ``OSError`` (``PeerError`` and ``NoThreadError`` are,
 too) and becomes a ``Failure`` here, with advice. Everything else is a mistake of this package and surfaces as one.
+
+This module, and with it all that a request needs, is imported by the loop before the first request: 25 ms, once. No
+hop imports a module: a child that is forked meanwhile would find it half imported, and locked for ever.
 """
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import functools
+import http.client
 import logging
 import os
 import ssl
 import sys
 from typing import TYPE_CHECKING
 
+from . import messages
 from .connections import OUT_OF_DESCRIPTORS, Connection, PeerError, Route, dial
 from .hops import Hops, NoThreadError
 from .models import authority, is_this_machine
@@ -29,7 +32,6 @@ from .redaction import Redactor, one_line
 from .wire import Answer, Failure, Progress, Reply, Request, may_pass
 
 if TYPE_CHECKING:
-    from .messages import ReplyReader
     from .models import SdkConfig
 
 SLOW_THREAD = 1.0
@@ -60,7 +62,7 @@ async def exchange(
     hops = Hops(timeout)
     route = connection = reply = None
     try:
-        route = await _find_route(config.base_url, pool, hops)
+        route = await _find_route(config.base_url, hops)
         connection = pool.take(route, for_start=request.method == "POST")
         if connection is None:
             connection = await _connect(route, pool, hops)
@@ -79,10 +81,8 @@ async def exchange(
 
 def _open(
     connection: Connection, config: SdkConfig, request: Request, user_agent: str, hops: Hops
-) -> Reply | ReplyReader:
+) -> Reply | messages.ReplyReader:
     """In a hop: send the request. Only here is the token plain text, for as long as it takes to write it."""
-    from .messages import RouteChangedError, forget_proxies, open_request
-
     headers = {
         **request.headers,
         "Authorization": f"Bearer {config.auth_token}",
@@ -91,14 +91,14 @@ def _open(
         "User-Agent": user_agent,
     }
     try:
-        return open_request(connection, config.base_url + request.path, request, headers, hops)
-    except RouteChangedError:  # NO_PROXY, say: the next request asks for its way again
+        return messages.open_request(connection, config.base_url + request.path, request, headers, hops)
+    except messages.RouteChangedError:  # NO_PROXY, say: the next request asks for its way again
         _routes.clear()
-        forget_proxies()
+        messages.forget_proxies()
         raise
 
 
-async def _whole_reply(outcome: Reply | ReplyReader, connection: Connection, hops: Hops) -> Reply:
+async def _whole_reply(outcome: Reply | messages.ReplyReader, connection: Connection, hops: Hops) -> Reply:
     """Wait for what has not come yet of a reply, and have it read, until it is whole."""
     while not isinstance(outcome, Reply):
         is_in_time = await connection.until_ready(hops)
@@ -113,14 +113,14 @@ async def _whole_reply(outcome: Reply | ReplyReader, connection: Connection, hop
 # --- the way to the platform ------------------------------------------------------------------------------------------
 
 
-async def _find_route(base_url: str, pool: Pool, hops: Hops) -> Route:
+async def _find_route(base_url: str, hops: Hops) -> Route:
     """Return the way to a platform, which is remembered; urllib.request is asked only where there may be a proxy."""
     route = _routes.get(base_url)
     if route is not None:
         return route
     origin = authority(base_url)
     if _may_have_proxy():
-        route = await hops.run(functools.partial(_ask_for_route, base_url), may_hang=True)
+        route = await hops.run(functools.partial(messages.find_route, base_url), may_hang=True)
         if route.authority != origin and is_this_machine(base_url):
             logger.warning(
                 "%s is this machine, but the proxy %s is asked for it, and sees the token and the data: "
@@ -130,9 +130,6 @@ async def _find_route(base_url: str, pool: Pool, hops: Hops) -> Route:
             )
     else:
         route = Route(base_url.startswith("https:"), origin)
-        # Nothing has to be asked, so the loop can dial while a thread imports what the request needs: 30 ms and more.
-        with contextlib.suppress(RuntimeError):  # no thread: the request will tell
-            asyncio.get_running_loop().run_in_executor(None, _import_ahead, pool if route.is_tls else None)
     if len(_routes) >= MAX_ROUTES:
         _routes.clear()
     _routes[base_url] = route
@@ -142,19 +139,6 @@ async def _find_route(base_url: str, pool: Pool, hops: Hops) -> Route:
 def _may_have_proxy() -> bool:
     """Whether urllib.request may know of a proxy: from a variable, or from the settings of macOS and Windows."""
     return sys.platform in ("darwin", "win32") or any(name.lower().endswith("_proxy") for name in os.environ)
-
-
-def _ask_for_route(base_url: str) -> Route:
-    from .messages import find_route
-
-    return find_route(base_url)
-
-
-def _import_ahead(pool: Pool | None) -> None:
-    with contextlib.suppress(OSError):  # the handshake will meet it again
-        if pool is not None:
-            pool.tls_context()
-    from . import messages  # noqa: F401  # for the hop that sends
 
 
 async def _connect(route: Route, pool: Pool, hops: Hops) -> Connection:
@@ -183,11 +167,9 @@ async def _connect(route: Route, pool: Pool, hops: Hops) -> Connection:
 async def _dig_tunnel(connection: Connection, hops: Hops) -> None:
     """Have the proxy connect to the platform, which http.client would wait for."""
 
-    def ask() -> Reply | ReplyReader:
-        from .messages import ReplyReader, connect_request
-
-        connection.send(connect_request(connection.route))
-        return ReplyReader(connection, "CONNECT").proceed()
+    def ask() -> Reply | messages.ReplyReader:
+        connection.send(messages.connect_request(connection.route))
+        return messages.ReplyReader(connection, "CONNECT").proceed()
 
     reply = await _whole_reply(await hops.run(ask), connection, hops)
     if not 200 <= reply.status_code < 300:
@@ -200,10 +182,9 @@ class TunnelError(PeerError):
     """A proxy has refused to connect to the platform."""
 
     def __init__(self, status: int) -> None:
-        from http.client import responses
-
         super().__init__(
-            f"Tunnel connection failed: {status} {responses.get(status, '')}".rstrip(), may_retry=may_pass(status)
+            f"Tunnel connection failed: {status} {http.client.responses.get(status, '')}".rstrip(),
+            may_retry=may_pass(status),
         )
         self.status = status
 

@@ -20,11 +20,6 @@ if TYPE_CHECKING:
 
 USER_AGENT = f"zamp-sdk/{__version__} Python/{sys.version_info[0]}.{sys.version_info[1]} {sys.platform}"
 
-if sys.version_info < (3, 10) and hasattr(globals()["__loader__"], "archive"):
-    # From a zip file Python 3.9 gives a thread a module that another thread has only begun to import.
-    from . import exchange as _exchange  # noqa: F401
-    from . import messages as _messages  # noqa: F401
-
 logger: logging.Logger = logging.getLogger("zamp_sdk")
 
 
