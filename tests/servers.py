@@ -320,6 +320,7 @@ class Server:
 def server_context(cert: Path, *, clients: Path | None = None) -> ssl.SSLContext:
     """The TLS side of a server with this certificate; with ``clients`` it wants one of theirs, from this authority."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.set_ciphers("DEFAULT:@SECLEVEL=0")  # a weak key is for the client to refuse
     context.load_cert_chain(cert)
     if clients is not None:
         context.verify_mode = ssl.CERT_REQUIRED
@@ -334,7 +335,6 @@ def tls_1_1_context(cert: Path) -> ssl.SSLContext:
         warnings.simplefilter("ignore", DeprecationWarning)  # obsolete, which is the point
         context.minimum_version = ssl.TLSVersion.TLSv1
         context.maximum_version = ssl.TLSVersion.TLSv1_1
-    context.set_ciphers("DEFAULT:@SECLEVEL=0")
     return context
 
 
