@@ -5,19 +5,29 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import signal
 import socket
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any, Callable, NamedTuple
 
 import pytest
 
+import zamp_sdk
 from tests.certificates import Authority
-from tests.servers import TOKEN, server_context
-from zamp_sdk.action_executor import exchange, executor, http_client, lifecycle, messages, pool
-from zamp_sdk.action_executor.models import SdkConfig
-from zamp_sdk.action_executor.wire import Answer, Progress, Request
+from tests.servers import ACTION_ID, TOKEN, Server, eventually, server_context
+from zamp_sdk import ActionExecutor, ActionHandle, transport
+from zamp_sdk.action_executor import executor, lifecycle, notices, pacing
+from zamp_sdk.transport import pool, routes
+from zamp_sdk.transport.tls import forget_tls_context
+
+ROOT = Path(zamp_sdk.__file__).parent.parent
+PROMPT = 5.0  # s: far less than what would be waited for otherwise, and enough for a busy machine
+
+posix_only = pytest.mark.skipif(sys.platform == "win32", reason="needs fork, signals and resource.setrlimit")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -56,11 +66,11 @@ def interrupt_after(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[str]
 
     def interrupt_after(method: str) -> None:
         handlers.append(_Interrupt(method))
-        http_client.logger.addHandler(handlers[-1])
+        logging.getLogger("zamp_sdk").addHandler(handlers[-1])
 
     yield interrupt_after
     for handler in handlers:
-        http_client.logger.removeHandler(handler)
+        logging.getLogger("zamp_sdk").removeHandler(handler)
 
 
 @pytest.fixture(autouse=True)
@@ -75,12 +85,13 @@ def clean_slate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def _forget() -> None:
-    exchange._routes.clear()
-    messages._proxies.cache_clear()
-    messages._opener.cache_clear()
+    routes._routes.clear()
     pool.shared_pool().close_idle()
-    pool.shared_pool().forget_tls_context()
+    pool._start_afresh()
+    forget_tls_context()
     executor._warn_of_plain_http.cache_clear()
+    pacing._pace_of.cache_clear()
+    notices._warned_at.clear()
 
 
 class Pace:
@@ -108,12 +119,14 @@ def pace(monkeypatch: pytest.MonkeyPatch) -> Pace:
     pace = Pace()
     monkeypatch.setattr(lifecycle, "BACKOFF_MIN", 0.005)
     monkeypatch.setattr(lifecycle, "POLL_MIN", 0.005)
-    really_send = http_client.send
+    monkeypatch.setattr(lifecycle, "REFUSAL_WINDOW", 0.5)
 
-    async def send(config: SdkConfig, request: Request, timeout: float, progress: Progress | None = None) -> Answer:
-        return await really_send(config, request, pace.timeout(request.method, timeout), progress)
+    really_make = transport.Exchange.__init__
 
-    monkeypatch.setattr(http_client, "send", send)
+    def make(self: transport.Exchange, request: transport.Request, timeout: float, *args: Any) -> None:
+        really_make(self, request, pace.timeout(request.method, timeout), *args)
+
+    monkeypatch.setattr(transport.Exchange, "__init__", make)
     return pace
 
 
@@ -127,7 +140,7 @@ class Resolver:
         self._really = socket.getaddrinfo
 
     def __call__(self, host: Any, port: Any, *args: Any, **kwargs: Any) -> Any:
-        if not str(host).endswith(".test"):
+        if not str(host).rstrip(".").endswith(".test"):
             return self._really(host, port, *args, **kwargs)
         self.hosts.append(host)
         self.before()
@@ -192,7 +205,122 @@ def trusted(ca: Authority, monkeypatch: pytest.MonkeyPatch) -> Path:
     return ca.file
 
 
+@pytest.fixture(params=["http", "https"])
+def server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A server without TLS, and one with it."""
+    with Server(request.getfixturevalue("tls") if request.param == "https" else None) as server:
+        yield server
+
+
 @pytest.fixture
 def tls(localhost: Path, trusted: Path) -> Any:
     """The TLS side of a server that the client trusts."""
     return server_context(localhost)
+
+
+# --- what the tests do ------------------------------------------------------------------------------------------------
+
+
+async def execute(base_url: str, params: Any = None) -> Any:
+    """Run an action."""
+    return await ActionExecutor.execute("act", params, base_url=base_url, auth_token=TOKEN)
+
+
+async def start(base_url: str, params: Any = None) -> str:
+    """Start an action, and return its id."""
+    return (await ActionExecutor.start("act", params, base_url=base_url, auth_token=TOKEN)).id
+
+
+def handle_at(base_url: str) -> ActionHandle[Any]:
+    """Return the handle of an action that was started elsewhere."""
+    return ActionExecutor.get_handle(ACTION_ID, base_url=base_url, auth_token=TOKEN)
+
+
+def request_to(
+    base_url: str, method: str = "GET", *, headers: Mapping[str, str] | None = None, body: bytes | None = None
+) -> transport.Request:
+    """Return a request as the transport gets it; what is read of its reply is the reply itself."""
+    return transport.Request(
+        method,
+        base_url,
+        "/actions",
+        {"Authorization": f"Bearer {TOKEN}", **(headers or {})},
+        body,
+        read=lambda reply: reply,
+        redact=lambda text, secrets: text,
+    )
+
+
+def run_script(script: str, *args: object, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a script in an interpreter of its own, in development mode: it reports whatever is left open."""
+    # But not slow callbacks, which only tell how busy the machine is.
+    script = f"import logging; logging.getLogger('asyncio').setLevel(logging.ERROR)\n{script}"
+    return subprocess.run(
+        [sys.executable, "-X", "dev", "-c", script, *map(str, args)],
+        cwd=cwd,
+        env={**os.environ, "ZAMP_AUTH_TOKEN": TOKEN, **environment},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+OUT_OF_DESCRIPTORS = """
+import asyncio, contextlib, os, resource, sys
+from zamp_sdk import ActionExecutor, HttpClientError
+
+def leave(number):
+    "Use up all descriptors but so many."
+    with contextlib.suppress(OSError):
+        while True:
+            taken.append(os.dup(0))
+    for _ in range(number):
+        os.close(taken.pop())
+
+async def start(url):
+    return (await ActionExecutor.start("act", {}, base_url=url)).id
+
+taken = []
+soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+resource.setrlimit(resource.RLIMIT_NOFILE, (40, hard))
+"""
+"""How a script for ``run_script`` begins whose process runs out of file descriptors."""
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Wait, where no event loop runs, until the condition holds."""
+    asyncio.run(eventually(condition))
+
+
+class PoolState(NamedTuple):
+    """What the pool says of itself."""
+
+    rooms_taken: int
+    rooms: int
+    in_line: int
+    leased: int
+    idle: int
+
+
+def pool_state() -> PoolState:
+    """Read the pool's repr."""
+    return PoolState(*map(int, re.findall(r"\d+", repr(pool.shared_pool()))))
+
+
+def pool_is_at_rest() -> bool:
+    """Whether no request has room, or waits for it."""
+    state = pool_state()
+    return state.rooms_taken == state.in_line == state.leased == 0
+
+
+@pytest.fixture
+def few_rooms(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Give a function that makes a pool which has so many rooms, however long replies take."""
+
+    def few_rooms(number: int) -> None:
+        monkeypatch.setattr(pool, "FEWEST_ROOMS", number)
+        monkeypatch.setattr(pool, "MOST_ROOMS", number)
+        pool._start_afresh()
+
+    return few_rooms

@@ -122,6 +122,36 @@ def raw(data: bytes) -> Act:
     return act
 
 
+def raw_but_open(data: bytes) -> Act:
+    """Send these bytes, and read on."""
+
+    def act(wire: Wire) -> bool:
+        wire.send(data)
+        return True
+
+    return act
+
+
+def stall_after(data: bytes) -> Act:
+    """Send these bytes, and no more."""
+
+    def act(wire: Wire) -> bool:
+        wire.send(data)
+        return silent(wire)
+
+    return act
+
+
+def then_close(act: Act) -> Act:
+    """Answer as if the connection stayed, and close it."""
+
+    def closing(wire: Wire) -> bool:
+        act(wire)
+        return False
+
+    return closing
+
+
 def drip(data: bytes, at_once: int = 0) -> Act:
     """Send the first bytes together and each one after them on its own, every 20 ms."""
 

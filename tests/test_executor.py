@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import copy
 import logging
 import pickle
@@ -19,7 +20,7 @@ from typing import Any, Callable
 import pydantic
 import pytest
 
-from tests.servers import TOKEN, Server, reply, silent
+from tests.servers import TOKEN, Act, Server, Wire, eventually, reply, silent
 from zamp_sdk import (
     ActionExecutor,
     ActionFailedError,
@@ -29,9 +30,12 @@ from zamp_sdk import (
     MissingConfigError,
     RetryPolicy,
 )
-from zamp_sdk.action_executor import executor, http_client, lifecycle, pool
-from zamp_sdk.action_executor.wire import ActionReply, read_reply
+from zamp_sdk.action_executor import executor, lifecycle
+from zamp_sdk.action_executor.replies import Reply
 from zamp_sdk.local_platform import LocalPlatform
+from zamp_sdk.transport import pool
+
+logger = logging.getLogger("zamp_sdk")
 
 
 class Invoice(pydantic.BaseModel):
@@ -188,19 +192,46 @@ async def test_collect_elsewhere(platform: LocalPlatform) -> None:
     assert await handle.result() == Invoice(number=7)
 
 
+async def take_every_room() -> int:
+    """Leave no connection for others, and return how many rooms of the pool that took."""
+    shared = pool.shared_pool()
+    taken = 0
+    while shared._rooms_taken < shared._rooms:
+        await asyncio.wait_for(shared.enter(), 10)
+        taken += 1
+    return taken
+
+
 async def test_a_timeout_holds_while_others_have_every_connection(
     platform: LocalPlatform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A caller's timeout counts the wait for a connection, too."""
-    monkeypatch.setattr(pool, "MAX_CONNECTIONS", 1)
     monkeypatch.setattr(executor, "GRACE", 0.0)
     handle = await ActionExecutor.start("wait", 0.0)
-    await pool.shared_pool().enter()
+    taken = await take_every_room()
     with pytest.raises(ActionTimeoutError) as caught:
         await handle.result(timeout=timedelta(seconds=0.05))
-    pool.shared_pool().leave()
-    assert (caught.value.action_id, caught.value.waited) == (handle.id, 0.05)
+    for _ in range(taken):
+        pool.shared_pool().leave()
+    assert (caught.value.action_id, caught.value.status) == (handle.id, "")
+    assert 0.05 <= caught.value.waited < 5
     assert await handle.result(timeout=timedelta(seconds=30)) == "waited"
+
+
+async def test_a_timeout_tells_the_last_status_that_was_seen(
+    platform: LocalPlatform, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A wait that others' requests cut short, after polls that said RUNNING, says so."""
+    monkeypatch.setattr(executor, "GRACE", 0.0)
+    handle = await ActionExecutor.start("wait", 30)
+    waiting = asyncio.ensure_future(handle.result(timeout=timedelta(seconds=1)))
+    await eventually(lambda: len(platform.requests) > 3)
+    taken = await take_every_room()
+    with pytest.raises(ActionTimeoutError) as caught:
+        await waiting
+    for _ in range(taken):
+        pool.shared_pool().leave()
+    assert caught.value.status == "RUNNING"
 
 
 async def test_a_cancellation_that_comes_with_the_result_is_not_lost(
@@ -208,12 +239,12 @@ async def test_a_cancellation_that_comes_with_the_result_is_not_lost(
 ) -> None:
     """Up to Python 3.11 wait_for would swallow it, and the caller's task would go on."""
 
-    async def perform(*_: Any) -> ActionReply:
+    async def send(*_: Any) -> Reply:
         await asyncio.sleep(0.02)
-        return ActionReply("act", "COMPLETED", 42, None)
+        return Reply(200, "act", "COMPLETED", 42)
 
     handle = await ActionExecutor.start("wait", 0.0)
-    monkeypatch.setattr(executor, "_perform", perform)
+    monkeypatch.setattr(executor._Performance, "_send", send)
 
     async def job() -> None:
         await handle.result(timeout=timedelta(seconds=5))
@@ -252,68 +283,54 @@ async def test_bad_timeout(platform: LocalPlatform, timeout: Any, error: type[Ex
         await ActionExecutor.get_handle("act-1").result(timeout=timeout)
 
 
-async def test_start_that_is_over_already(platform: LocalPlatform, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_start_that_is_over_already() -> None:
     """A start whose reply has the result costs no poll."""
-
-    async def completed(*_: Any) -> Any:
-        return read_reply(200, {}, b'{"id": "act-1", "status": "COMPLETED", "result": 7}')
-
-    monkeypatch.setattr(http_client, "send", completed)
-    assert await ActionExecutor.execute("echo", 1) == 7
-    assert platform.requests == []
+    with Server() as server:
+        server.always("POST", reply(200, {"id": "act-1", "status": "COMPLETED", "result": 7}))
+        assert await ActionExecutor.execute("echo", 1, base_url=server.url, auth_token=TOKEN) == 7
+        assert [request.method for request in server.requests] == ["POST"]
 
 
 async def test_unknown_statuses_are_waited_for(
-    platform: LocalPlatform, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A status that nobody knows is waited for and warned of once; status() says that it cannot tell."""
-    statuses = iter(["QUEUED", "QUEUED", "PAUSED", "RUNNING", "COMPLETED", "QUEUED"])
-
-    async def answer(*_: Any) -> Any:
-        return read_reply(200, {}, b'{"id": "act-1", "status": "%s"}' % next(statuses).encode())
-
-    monkeypatch.setattr(http_client, "send", answer)
     monkeypatch.setattr(lifecycle, "POLL_MIN", 0.001)
-    handle = ActionExecutor.get_handle("act-1")
-    await handle.result()
-    assert caplog.text.count("which this version of zamp-sdk does not know") == 1
-    with pytest.raises(HttpClientError, match="QUEUED"):
-        await handle.status()
+    with Server() as server:
+        statuses = ["QUEUED", "QUEUED", "PAUSED", "RUNNING", "COMPLETED", "QUEUED"]
+        server.on("GET", *(reply(200, {"id": "act-1", "status": status}) for status in statuses))
+        handle = ActionExecutor.get_handle("act-1", base_url=server.url, auth_token=TOKEN)
+        await handle.result()
+        assert caplog.text.count("which this version of zamp-sdk does not know") == 1
+        with pytest.raises(HttpClientError, match="QUEUED"):
+            await handle.status()
 
 
 async def test_cancelled_execute_logs_the_id(platform: LocalPlatform, caplog: pytest.LogCaptureFixture) -> None:
     """A cancelled execute leaves the action running, and says once how to collect its result."""
     task = asyncio.ensure_future(ActionExecutor.execute("wait", 5))
-    while len(platform.requests) < 2:  # noqa: ASYNC110  # the platform runs in a thread
-        await asyncio.sleep(0.01)
+    await eventually(lambda: len(platform.requests) >= 2)
     task.cancel()
     with pytest.raises(asyncio.CancelledError) as caught:
         await task
     [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert re.fullmatch(
-        r"no longer waiting for action (act\w+) \(wait\), which may go on; "
-        r"to collect its result: await ActionExecutor\.get_handle\('\1'\)\.result\(\)",
-        record.getMessage(),
-    )
+    told = r"no longer waiting for action (act\w+) \(wait\), which may go on; to collect its result: "
+    told += r"await ActionExecutor\.get_handle\('\1', base_url='http://.*', auth_token=\.\.\.\)\.result\(\)"
+    assert re.fullmatch(told, record.getMessage())
     if sys.version_info >= (3, 11):
         assert caught.value.__notes__ == [record.getMessage()]
 
 
-@pytest.mark.parametrize("variable", ["ZAMP_BASE_URL", "ZAMP_AUTH_TOKEN"])
-async def test_the_line_that_collects_has_what_the_environment_lacks(
-    variable: str, platform: LocalPlatform, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where the URL or the token was an argument, so it is in the line that collects the result; the token as dots."""
-    monkeypatch.delenv(variable)
-    base_url, token = platform.base_url, platform.auth_token
-    handle = await ActionExecutor.start("wait", 0.3, base_url=base_url, auth_token=token)
-    with pytest.raises(ActionTimeoutError):
-        await handle.result(timeout=timedelta(0))
-    [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
-    missing = f", base_url='{base_url}'" if variable == "ZAMP_BASE_URL" else ", auth_token=..."
-    line = f"ActionExecutor.get_handle('{handle.id}'{missing}).result()"
-    assert record.getMessage().endswith(f"to collect its result: await {line}")
-    code = line.replace("auth_token=...", f"auth_token={token!r}")
+async def test_the_line_that_collects_works(platform: LocalPlatform, caplog: pytest.LogCaptureFixture) -> None:
+    """The line that a warning prints collects the result, once the token is put into it."""
+    handle = await ActionExecutor.start("wait", 0.3)
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(handle.result(), 0.01)
+    line = caplog.records[-1].getMessage().partition("to collect its result: await ")[2]
+    code = line.replace("auth_token=...", f"auth_token={platform.auth_token!r}")
+    assert code == (
+        f"ActionExecutor.get_handle('{handle.id}', base_url='{platform.base_url}', auth_token='local-token').result()"
+    )
     assert await eval(code, {"ActionExecutor": ActionExecutor}) == "waited"
 
 
@@ -324,39 +341,72 @@ async def test_a_fault_of_ours_brings_the_id(
     monkeypatch.delattr(lifecycle, "poll_interval")
     with pytest.raises(NameError):
         await ActionExecutor.execute("wait", 5)
-    assert re.search(r"await ActionExecutor\.get_handle\('act\w+'\)\.result\(\)", caplog.text)
+    assert re.search(r"await ActionExecutor\.get_handle\('act\w+', base_url=.*\)\.result\(\)", caplog.text)
+
+
+async def test_a_timeout_is_no_accident(platform: LocalPlatform, caplog: pytest.LogCaptureFixture) -> None:
+    """A wait that ends by its own timeout is an error that tells how to go on, and no warning."""
+    handle = await ActionExecutor.start("wait", 5)
+    for _ in range(3):
+        with pytest.raises(ActionTimeoutError, match=rf"get_handle\('{handle.id}'"):
+            await handle.result(timeout=timedelta(0))
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 async def test_who_waits_in_short_turns_is_told_once(platform: LocalPlatform, caplog: pytest.LogCaptureFixture) -> None:
-    """Each timeout of a handle is an error that tells how to go on; the warning comes with the first one alone."""
+    """Each cancelled wait for a handle has a note; the warning comes with the first one alone."""
     handle = await ActionExecutor.start("wait", 5)
     for _ in range(3):
-        with pytest.raises(ActionTimeoutError, match="get_handle"):
-            await handle.result(timeout=timedelta(0))
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(handle.result(), 0.01)
     assert caplog.text.count("no longer waiting") == 1
 
 
+async def test_the_same_result_twice(platform: LocalPlatform) -> None:
+    """Each call makes a model anew; without a return_type all share what came, as documented."""
+    handle = await ActionExecutor.start("echo", {"number": 7}, return_type=Invoice)
+    (await handle.result()).number = 8
+    assert (await handle.result()).number == 7
+    plain = ActionExecutor.get_handle(handle.id)
+    assert await plain.result() is await plain.result()
+
+
+def warnings_and_notes(caplog: pytest.LogCaptureFixture, exc: BaseException) -> tuple[list[str], list[str]]:
+    """Return what was logged for people to see, and what an exception tells."""
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    return warnings, getattr(exc, "__notes__", [])
+
+
+def noted(text: str) -> list[str]:
+    """Return the notes that an exception has on this Python."""
+    return [text] if sys.version_info >= (3, 11) else []
+
+
+NOT_STARTED = "cancelled while starting action 'wait': nothing was sent, so it has not started"
+
+
 async def test_cancelled_before_anything_was_sent(platform: LocalPlatform, caplog: pytest.LogCaptureFixture) -> None:
-    """A start that is cancelled before a byte of it left says that the action has not started."""
+    """A start that is cancelled before a byte of it left has a note that says so, which is not worth a warning."""
     task = asyncio.ensure_future(ActionExecutor.start("wait", 0))
     await asyncio.sleep(0)
     task.cancel()
-    with pytest.raises(asyncio.CancelledError):
+    with pytest.raises(asyncio.CancelledError) as caught:
         await task
-    assert "cancelled while starting action 'wait': nothing was sent, so it has not started" in caplog.text
+    assert warnings_and_notes(caplog, caught.value) == ([], noted(NOT_STARTED))
     assert platform.requests == []
 
 
 async def test_cancelled_between_two_tries(platform: LocalPlatform, caplog: pytest.LogCaptureFixture) -> None:
-    """A start that was refused unprocessed, and is cancelled before it is sent again, has not started."""
+    """A start that was refused unprocessed, and is cancelled before it is sent again, ends at once, unstarted."""
     platform.fail_next(status=429, retry_after=30)
     task = asyncio.ensure_future(ActionExecutor.start("wait", 0))
-    while "waiting 30 s" not in caplog.text:  # noqa: ASYNC110  # it is told in a log
-        await asyncio.sleep(0.01)
+    await eventually(lambda: "limits how fast it is asked; it asks for a pause of 30 s; waiting: 1" in caplog.text)
+    caplog.clear()
     task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert "nothing was sent" in caplog.text
+    with pytest.raises(asyncio.CancelledError) as caught:
+        await asyncio.wait_for(task, 5)
+    assert warnings_and_notes(caplog, caught.value) == ([], noted(NOT_STARTED))
+    assert len(platform.requests) == 1
 
 
 async def test_cancelled_start_logs_the_doubt(caplog: pytest.LogCaptureFixture) -> None:
@@ -370,6 +420,77 @@ async def test_cancelled_start_logs_the_doubt(caplog: pytest.LogCaptureFixture) 
         with pytest.raises(asyncio.CancelledError):
             await task
     assert "may have started all the same" in caplog.text
+
+
+class FirstWaitIsTheLast(logging.Handler):
+    """Cancels a task as soon as the reply to its start has been read, before anybody was told of it."""
+
+    def __init__(self, error: type[BaseException]) -> None:
+        super().__init__()
+        self.error = error
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.getMessage().startswith("POST"):
+            raise self.error
+
+
+@pytest.mark.parametrize("error", [asyncio.CancelledError, KeyboardInterrupt, RuntimeError])
+def test_a_start_whose_reply_was_read_is_never_lost(
+    error: type[BaseException], platform: LocalPlatform, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever ends a start after its reply has come, the id is told, and that is all."""
+    caplog.set_level(logging.DEBUG, "zamp_sdk")
+    handler = FirstWaitIsTheLast(error)
+    logger.addHandler(handler)
+    try:
+        with pytest.raises(error) as caught:
+            asyncio.run(ActionExecutor.execute("wait", 0))
+    finally:
+        logger.removeHandler(handler)
+    [warning], notes = warnings_and_notes(caplog, caught.value)
+    assert re.match(r"no longer waiting for action act\w+ \(wait\), which may go on; to collect its result: ", warning)
+    if error is not asyncio.CancelledError:  # up to Python 3.10 a task's cancellation is a new exception
+        assert notes == noted(warning)
+
+
+class Raises(logging.Handler):
+    """A handler with a fault."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        raise OSError("disk full")
+
+
+async def test_a_logging_handler_that_raises_loses_no_id(platform: LocalPlatform) -> None:
+    """A handler's error does not take the place of the cancellation, whose note has the id."""
+    handler = Raises(logging.WARNING)
+    logger.addHandler(handler)
+    try:
+        task = asyncio.ensure_future(ActionExecutor.execute("wait", 30))
+        await eventually(lambda: len(platform.requests) > 2)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError) as caught:
+            await task
+    finally:
+        logger.removeHandler(handler)
+    notes = getattr(caught.value, "__notes__", [])
+    assert [note.startswith("no longer waiting for action act") for note in notes] == [True for _ in noted("")]
+
+
+async def test_many_that_are_cancelled_at_once_are_told_in_two_lines(
+    platform: LocalPlatform, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where one of many fails and the rest are cancelled, there are two lines, and every id is in one of them."""
+    handles = [await ActionExecutor.start("wait", 30) for _ in range(30)]
+    tasks = [asyncio.ensure_future(handle.result()) for handle in handles]
+    await asyncio.sleep(0.05)
+    for task in tasks:
+        task.cancel()
+    await asyncio.wait(tasks)
+    first, second = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    assert re.match(r"no longer waiting for action act\w+ \(wait\), which may go on; to collect its result: ", first)
+    assert second.startswith("no longer waiting for 29 more: action act")
+    assert "which may go on; to collect a result: await ActionExecutor.get_handle(ID, base_url='http://" in second
+    assert all((handle.id in first) + (handle.id in second) == 1 for handle in handles)
 
 
 async def test_a_large_result_is_validated_in_a_thread(platform: LocalPlatform) -> None:
@@ -389,7 +510,7 @@ async def test_a_refused_result_is_warned_of(platform: LocalPlatform, caplog: py
     with pytest.raises(pydantic.ValidationError):
         await ActionExecutor.execute("echo", {}, return_type=Invoice)
     [record] = [record for record in caplog.records if record.levelno == logging.WARNING]
-    assert re.match(r"action act\w+ \(echo\) did complete; .*\.get_handle\('act\w+'\)", record.getMessage())
+    assert re.match(r"action act\w+ \(echo\) did complete; .*\.get_handle\('act\w+', ", record.getMessage())
 
 
 @pytest.mark.parametrize("copy", [pickle.dumps, copy.copy, copy.deepcopy])
@@ -451,6 +572,21 @@ async def test_no_frame_of_a_suspended_task_holds_the_token(platform: LocalPlatf
     task.cancel()
 
 
+@pytest.mark.parametrize("status", [200, 403, 407, 500])
+async def test_what_a_proxy_echoes_shows_no_credentials(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy's user name and password are nowhere in an error, in whatever form the proxy sends them back."""
+    basic = base64.b64encode(b"usr7:pa/55").decode()
+    echo = f"denied for usr7:pa/55, usr7%3Apa%2F55, Basic {basic}; {TOKEN}"
+    with Server() as server:
+        server.always("POST", reply(status, {"error": echo}, {"X-Echo": echo, "Location": f"/{basic}"}))
+        monkeypatch.setenv("HTTP_PROXY", f"http://usr7:pa%2F55@127.0.0.1:{server.port}")
+        with pytest.raises(HttpClientError) as caught:
+            await ActionExecutor.start("act", 0, base_url="http://platform.test", auth_token=TOKEN)
+    shown = f"{caught.value} {vars(caught.value)} {caught.value.__cause__!r}"
+    assert [secret for secret in ("usr7", "pa/55", "pa%2F55", basic.rstrip("="), TOKEN) if secret in shown] == []
+    assert caught.value.headers["x-echo"].replace("=", "") == "denied for [token], [token], Basic [token]; [token]"
+
+
 INTERRUPTIONS = {
     "wait_for": "asyncio.run(asyncio.wait_for(ActionExecutor.execute('wait', 30), 0.5))",
     "cancel": """
@@ -470,10 +606,13 @@ asyncio.run(main())
     "a handle's timeout": """
 async def main():
     handle = await ActionExecutor.start('wait', 30)
-    try:
-        await handle.result(timeout=datetime.timedelta(seconds=0.3))
-    except TimeoutError:
-        pass
+    await handle.result(timeout=datetime.timedelta(seconds=0.3))
+asyncio.run(main())
+""",
+    "many": """
+async def main():
+    late = asyncio.wait_for(asyncio.sleep(30), 2)
+    await asyncio.gather(late, *(ActionExecutor.execute('wait', 30) for _ in range(20)))
 asyncio.run(main())
 """,
     "Ctrl-C": """
@@ -511,11 +650,14 @@ def test_by_default_a_person_sees_the_id(interruption: str, platform: LocalPlatf
     script = "import asyncio, datetime, signal, threading\nfrom zamp_sdk import ActionExecutor\n"
     script += "signal.signal(signal.SIGINT, signal.default_int_handler)\n" + INTERRUPTIONS[interruption]
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
-    collect = r"await ActionExecutor\.get_handle\('act\w+'\)\.result\(\)"
-    told = rf"^no longer waiting for action act\w+ \(wait\), which may go on; .*{collect}$"
+    collect = r"await ActionExecutor\.get_handle\('act\w+', base_url='?[^ ]+, auth_token=\.\.\.\)\.result\(\)"
+    told = rf"(no longer waiting for action|TimeoutError: action) act\w+ .*{collect}$"
     warnings = re.findall(told, done.stderr, re.MULTILINE)
     notes = sys.version_info >= (3, 11) and interruption in NOTED
     assert len(warnings) == 1 + notes, done.stderr
+    ids = {request.path.rpartition("/")[2] for request in platform.requests if request.method == "GET"}
+    assert [action_id for action_id in ids if action_id not in done.stderr] == []
+    assert len(done.stderr.splitlines()) < 60
 
 
 @pytest.mark.parametrize(
@@ -539,14 +681,88 @@ def test_interrupted_execute_logs_as_a_cancelled_one(
     assert re.search(warning, caplog.text)
 
 
-async def test_long_retries_are_logged(
-    platform: LocalPlatform, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_long_retries_are_logged(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """A retry that waits longer than is usual is a warning with its reason."""
     monkeypatch.setattr(executor, "LONG_RETRY", 0.5)
-    platform.fail_next(status=503, retry_after=1)
-    await ActionExecutor.execute("echo", 1)
-    assert "waiting 1 s to try again: starting the action: HTTP 503" in caplog.text
+    with Server() as server:
+        server.on("GET", reply(502, headers={"Retry-After": "1"}))
+        await ActionExecutor.get_handle("act-1", base_url=server.url, auth_token=TOKEN).result()
+    assert "waiting 1 s to try again: asking for action act-1: HTTP 502" in caplog.text
+
+
+async def test_what_many_meet_is_told_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where many wait for a platform that fails, or that has a status nobody knows, one warning of each will do."""
+    monkeypatch.setattr(executor, "LONG_RETRY", 0.2)
+    with Server() as server:
+        odd, away = reply(200, {"status": "QUEUED"}), reply(502, headers={"Retry-After": "0.5"})
+        server.on("GET", *[odd] * 20, *[away] * 20)
+        handles = [ActionExecutor.get_handle("act-1", base_url=server.url, auth_token=TOKEN) for _ in range(20)]
+        await asyncio.gather(*(handle.result() for handle in handles))
+    warnings = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert sorted(warning.split(":")[0].split(" which")[0] for warning in warnings) == [
+        "action act-1 has the status 'QUEUED',",
+        "waiting 0 s to try again",
+    ]
+
+
+class Bucket:
+    """The acts of a platform that takes so many requests a second, and refuses the rest."""
+
+    def __init__(self, rate: float, refusal: Act) -> None:
+        self.rate, self.refusal = rate, refusal
+        self.tokens, self.filled_at = rate / 4, time.monotonic()
+        self.lock = threading.Lock()
+
+    def act(self, accept: Act) -> Act:
+        def limited(wire: Wire) -> bool:
+            with self.lock:
+                now = time.monotonic()
+                self.tokens = min(self.rate / 4, self.tokens + (now - self.filled_at) * self.rate)
+                self.filled_at = now
+                is_taken = self.tokens >= 1
+                self.tokens -= is_taken
+            return (accept if is_taken else self.refusal)(wire)
+
+        return limited
+
+
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        reply(429, {"error": "slow down"}, {"Retry-After": "1"}),
+        reply(429, {"error": "slow down"}),
+        reply(503, headers={"Retry-After": "0.5"}),
+    ],
+)
+async def test_a_platform_that_limits_gets_all_of_them_in_time(refusal: Act, caplog: pytest.LogCaptureFixture) -> None:
+    """Every action comes back though they are more than a platform takes at once, and people are told, once."""
+    with Server() as server:
+        bucket = Bucket(100, refusal)
+        server.always("POST", bucket.act(reply(200, {"id": "act-1"})))
+        server.always("GET", bucket.act(reply(200, {"id": "act-1", "status": "COMPLETED"})))
+        run = (ActionExecutor.execute("act", 0, base_url=server.url, auth_token=TOKEN) for _ in range(60))
+        await asyncio.wait_for(asyncio.gather(*run), 60)
+    assert re.search(
+        "limits how fast it is asked; it takes about [0-9]+ requests a second .*; waiting: [0-9]+", caplog.text
+    )
+    assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
+
+
+async def test_who_waits_a_turn_is_observed_and_can_be_cancelled(platform: LocalPlatform) -> None:
+    """Waiting for a turn is a step for whoever observes; a caller's timeout holds, and ends it."""
+    handle = await ActionExecutor.start("wait", 30)
+    platform.fail_next(status=429, retry_after=60)
+    steps: list[Any] = []
+    waiting = asyncio.ensure_future(handle._wait(None, steps.append))
+    await eventually(lambda: any(isinstance(step, lifecycle.Turn) for step in steps))
+    polls = len(platform.requests)
+    with pytest.raises(ActionTimeoutError) as caught:
+        await asyncio.wait_for(handle.result(timeout=timedelta(seconds=0.1)), 20)
+    assert caught.value.status == ""
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert len(platform.requests) == polls
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,8 @@
 A fault is an act of a server (or of the resolver). It is injected once into the start (POST) and once into the polls
 (GET), a few times or for ever. A start that meets it is one of
 
-- RETRY: sent again, at most 4 times in all, for nothing was sent or the platform refused it;
+- RETRY: sent again, at most 4 times in all, for nothing was sent;
+- PACED: sent again, at the platform's pace, for the platform refused it;
 - UNKNOWN: not sent again, and the error says that the action may have started;
 - RAISE: not sent again, and the error says that it has not;
 
@@ -54,9 +55,10 @@ from tests.servers import (
     tunnel,
 )
 from zamp_sdk import ActionExecutor, ActionFailedError, HttpClientError
-from zamp_sdk.action_executor import connections, lifecycle, messages
+from zamp_sdk.action_executor import lifecycle
+from zamp_sdk.transport import dialing, reading
 
-RETRY, UNKNOWN, RAISE = "retry", "unknown", "raise"
+RETRY, PACED, UNKNOWN, RAISE = "retry", "paced", "unknown", "raise"
 TRIES = 4  # of a start
 FOR_EVER = 1000
 SHORT = 0.12  # s of patience with a server that does not answer
@@ -185,23 +187,23 @@ _HUGE = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n{" % (64 * 1024 * 1024 + 
 
 AFTER_SENDING = [
     Fault("reset", reset, UNKNOWN, RETRY, "reset"),
-    Fault("end of the connection", hang_up, UNKNOWN, RETRY, "closed connection"),
+    Fault("end of the connection", hang_up, UNKNOWN, RETRY, "closed the connection without a reply"),
     Fault("silence", silent, UNKNOWN, RETRY, "timed out", timeout=SHORT),
     Fault("dripping headers", drip(_COMPLETED), UNKNOWN, RETRY, "timed out", timeout=SHORT),
     Fault("dripping body", drip(_COMPLETED, len(_COMPLETED) - 30), UNKNOWN, RETRY, "timed out", timeout=SHORT),
     Fault("endless body", drip(_ENDLESS, len(_ENDLESS) - 1000), UNKNOWN, RETRY, "timed out", timeout=SHORT),
-    Fault("truncated status line", raw(b"HTTP/1.1 20"), UNKNOWN, RETRY, "no reply from"),
-    Fault("truncated headers", raw(b"HTTP/1.1 200 OK\r\nContent-Le"), UNKNOWN, RETRY, "not JSON", 200),
-    Fault("truncated body", raw(_STARTED[:-3]), UNKNOWN, RETRY, "IncompleteRead"),
-    Fault("truncated chunk", raw(_chunked(b'20\r\n{"id": ')), UNKNOWN, RETRY, "IncompleteRead"),
-    Fault("missing last chunk", raw(_chunked(b'7\r\n{"id": \r\n')), UNKNOWN, RETRY, "IncompleteRead"),
-    Fault("bad chunk size", raw(_chunked(b"xyz\r\n{}\r\n0\r\n\r\n")), UNKNOWN, RETRY, "IncompleteRead"),
+    Fault("truncated status line", raw(b"HTTP/1.1 20"), UNKNOWN, RETRY, "within the head of its reply"),
+    Fault("truncated headers", raw(b"HTTP/1.1 200 OK\r\nContent-Le"), UNKNOWN, RETRY, "within the head"),
+    Fault("truncated body", raw(_STARTED[:-3]), UNKNOWN, RETRY, "bytes of its body"),
+    Fault("truncated chunk", raw(_chunked(b'20\r\n{"id": ')), UNKNOWN, RETRY, "after 7 of 32 bytes of a chunk"),
+    Fault("missing last chunk", raw(_chunked(b'7\r\n{"id": \r\n')), UNKNOWN, RETRY, "before the last chunk"),
+    Fault("bad chunk size", raw(_chunked(b"xyz\r\n{}\r\n0\r\n\r\n")), UNKNOWN, RETRY, "size of a chunk"),
     Fault(
         "body cut where no length is given", raw(b'HTTP/1.1 200 OK\r\n\r\n{"id": "a'), UNKNOWN, RETRY, "not JSON", 200
     ),
-    Fault("HTTP/0.9", raw(b"<h1>It works!</h1>"), UNKNOWN, RETRY, "no reply from"),
-    Fault("endless header line", raw(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 70_000), UNKNOWN, RETRY, "no reply from"),
-    Fault("endless headers", raw(b"HTTP/1.1 200 OK\r\n" + b"X: x\r\n" * 200), UNKNOWN, RETRY, "100 headers"),
+    Fault("HTTP/0.9", raw(b"<h1>It works!</h1>"), UNKNOWN, RETRY, "no HTTP: <h1>It works!"),
+    Fault("endless header line", raw(b"HTTP/1.1 200 OK\r\nX: " + b"x" * 300_000), UNKNOWN, RETRY, "256 KiB"),
+    Fault("endless headers", raw(b"HTTP/1.1 200 OK\r\n" + b"X: x\r\n" * 50_000), UNKNOWN, RETRY, "256 KiB"),
     Fault("not JSON", reply(200, b"<html>Please log in</html>"), UNKNOWN, RETRY, "not JSON: <html>Please log in", 200),
     Fault("not UTF-8", reply(200, b'{"id": "\xff"}'), UNKNOWN, RETRY, "not JSON", 200),
     Fault("an array", reply(200, ["id"]), UNKNOWN, RETRY, "not a JSON object", 200),
@@ -220,16 +222,16 @@ AFTER_SENDING = [
 ]
 
 REFUSED = [
-    Fault("HTTP 429", reply(429), RETRY, RETRY, "HTTP 429 Too Many Requests", 429),
-    Fault("HTTP 429, Retry-After", reply(429, headers={"Retry-After": "0"}), RETRY, RETRY, "HTTP 429", 429),
-    Fault("HTTP 503, Retry-After", reply(503, headers={"Retry-After": "0"}), RETRY, RETRY, "HTTP 503", 503),
+    Fault("HTTP 429", reply(429), PACED, RETRY, "HTTP 429 Too Many Requests", 429),
+    Fault("HTTP 429, Retry-After", reply(429, headers={"Retry-After": "0"}), PACED, RETRY, "HTTP 429", 429),
+    Fault("HTTP 503, Retry-After", reply(503, headers={"Retry-After": "0"}), PACED, RETRY, "HTTP 503", 503),
 ]
 
 _REFUSAL = http_reply(429, b"because" * 100)
 _LOGIN = http_reply(401, b"because" * 100)
 
 STALLING_REFUSALS = [
-    Fault("HTTP 429 whose body stalls", drip(_REFUSAL, 120), RETRY, RETRY, "HTTP 429", 429, timeout=LONG_ENOUGH),
+    Fault("HTTP 429 whose body stalls", drip(_REFUSAL, 120), PACED, RETRY, "HTTP 429", 429, timeout=LONG_ENOUGH),
     Fault("HTTP 401 whose body stalls", drip(_LOGIN, 120), RAISE, RAISE, "HTTP 401", 401, timeout=LONG_ENOUGH),
 ]
 
@@ -261,21 +263,21 @@ HANDSHAKES = [
     Fault("alert: internal error", _alert(80), RETRY, RETRY, "cannot connect to localhost"),
     Fault("alert: decode error", _alert(50), RETRY, RETRY, "cannot connect to localhost"),
     Fault("alert: unrecognized name", _alert(112), RETRY, RETRY, "cannot connect to localhost"),
-    Fault("alert: handshake failure", _alert(40), RAISE, RAISE, "does it speak TLS 1.2 or later there?"),
-    Fault("alert: protocol version", _alert(70), RAISE, RAISE, "does it speak TLS 1.2 or later there?"),
-    Fault("alert: insufficient security", _alert(71), RAISE, RAISE, "does it speak TLS 1.2 or later there?"),
+    Fault("alert: handshake failure", _alert(40), RAISE, RAISE, "does it speak TLS 1.2 or later there"),
+    Fault("alert: protocol version", _alert(70), RAISE, RAISE, "does it speak TLS 1.2 or later there"),
+    Fault("alert: insufficient security", _alert(71), RAISE, RAISE, "does it speak TLS 1.2 or later there"),
     Fault("reset", after_hello(reset), RETRY, RETRY, "cannot connect to localhost"),
     Fault("reset at once", reset, RETRY, RETRY, "cannot connect to localhost"),
     Fault("end of the connection", after_hello(hang_up), RETRY, RETRY, "cannot connect to localhost"),
     Fault("stall", silent, RETRY, RETRY, "timed out", timeout=SHORT),
-    Fault("plaintext", after_hello(raw(http_reply(400))), RAISE, RAISE, "does it speak TLS 1.2 or later there?"),
+    Fault("plaintext", after_hello(raw(http_reply(400))), RAISE, RAISE, "does it speak TLS 1.2 or later there"),
     Fault("untrusted", "untrusted", RAISE, RAISE, "if its CA is private, set SSL_CERT_FILE"),
     Fault("self-signed", "self-signed", RAISE, RAISE, "if its CA is private, set SSL_CERT_FILE"),
     Fault("expired", "expired", RAISE, RAISE, "certificate has expired"),
     Fault("not yet valid", "not yet valid", RAISE, RAISE, "certificate is not yet valid"),
-    Fault("wrong host", "wrong host", RAISE, RAISE, "certificate is not valid for 'localhost'"),
-    Fault("common name only", "common name only", RAISE, RAISE, "certificate verify failed"),
-    Fault("TLS 1.1", "TLS 1.1", RAISE, RAISE, "does it speak TLS 1.2 or later there?"),
+    Fault("wrong host", "wrong host", RAISE, RAISE, "does not name this host among its subject alternative names"),
+    Fault("common name only", "common name only", RAISE, RAISE, "(a common name does not count)"),
+    Fault("TLS 1.1", "TLS 1.1", RAISE, RAISE, "does it speak TLS 1.2 or later there"),
 ]
 
 _ENDLESS_407 = b"HTTP/1.1 407 Who?\r\nVia: x\r\n\r\n" + b" " * 1000
@@ -334,7 +336,7 @@ def world(
         if kind is FaultyReplies:
             yield kind(stack.enter_context(Server()))
         elif kind is FaultyLookups:
-            monkeypatch.setattr(connections, "CONNECT_TIMEOUT", 0.05)
+            monkeypatch.setattr(dialing, "CONNECT_TIMEOUT", 0.05)
             yield FaultyLookups(stack.enter_context(Server()), request.getfixturevalue("resolver"))
         elif kind is FaultyHandshakes:
             yield kind(stack.enter_context(Server(request.getfixturevalue("tls"))))
@@ -390,7 +392,7 @@ def _bad_tls(kind: str, ca: Authority) -> ssl.SSLContext:
 # --- the table --------------------------------------------------------------------------------------------------------
 
 
-@rows("POST", RETRY)
+@rows("POST", RETRY, PACED)
 async def test_a_start_is_sent_again_after_what_cannot_have_started_it(
     world: World, fault: Fault, inject: Inject, assert_no_token: CheckNoToken
 ) -> None:
@@ -421,6 +423,26 @@ async def test_a_start_is_given_up_after_four_tries(
     assert caught.value.action_id is None
     assert not caught.value.may_have_started
     assert world.attempts("POST") == TRIES
+    assert world.platform.count("GET") == 0
+
+
+@rows("POST", PACED)
+async def test_a_start_is_given_up_when_it_was_refused_for_too_long(
+    world: World, fault: Fault, inject: Inject, assert_no_token: CheckNoToken, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a start has been refused for five minutes (shorter here), the refusal is raised: nothing has started."""
+    monkeypatch.setattr(lifecycle, "REFUSAL_WINDOW", 0.01)
+    inject("POST", FOR_EVER)
+
+    with pytest.raises(HttpClientError) as caught:
+        await world.execute()
+
+    assert_no_token(caught.value)
+    assert fault.says in str(caught.value)
+    assert caught.value.status_code == fault.status
+    assert caught.value.action_id is None
+    assert not caught.value.may_have_started
+    assert world.attempts("POST") >= 2
     assert world.platform.count("GET") == 0
 
 
@@ -524,17 +546,6 @@ async def test_the_action_of_a_handle_is_not_new(pace: Pace) -> None:
         assert server.count("GET") == 1
 
 
-async def test_a_start_is_not_held_up_for_longer_than_its_tries_may_take(pace: Pace) -> None:
-    """A Retry-After beyond the minute that a start may take is not waited for; nothing has started."""
-    with Server() as server:
-        server.always("POST", reply(503, headers={"Retry-After": "61"}))
-        with pytest.raises(HttpClientError, match="HTTP 503") as caught:
-            await start(server.url)
-        assert caught.value.headers["retry-after"] == "61"
-        assert not caught.value.may_have_started
-        assert server.count("POST") == 1
-
-
 async def test_retry_after_is_waited_for(pace: Pace) -> None:
     """A refused start is sent again when Retry-After says so, and not before."""
     with Server() as server:
@@ -555,7 +566,7 @@ async def test_retry_after_is_waited_for(pace: Pace) -> None:
 )
 async def test_a_body_over_the_limit_is_not_read(rest: bytes, pace: Pace, monkeypatch: pytest.MonkeyPatch) -> None:
     """However a body that is too large is framed, it is given up: the start's fate is unknown, and a poll raises."""
-    monkeypatch.setattr(messages, "MAX_REPLY", 2000)
+    monkeypatch.setattr(reading, "MAX_REPLY", 2000)
     with Server() as server:
         too_large = raw(b"HTTP/1.1 200 OK\r\n" + rest)
         server.on("POST", too_large)

@@ -27,9 +27,9 @@ PACKAGE = Path(__file__).resolve().parent.parent / "zamp_sdk"
 # --- the public face --------------------------------------------------------------------------------------------------
 
 RUN_PARAMETERS = (
-    "(action_name: 'str', params: 'Any', *, base_url: 'str | None' = None, auth_token: 'str | None' = None, "
-    "summary: 'str | None' = None, return_type: 'type | None' = None, "
-    "action_retry_policy: 'RetryPolicy | None' = None, action_start_to_close_timeout: 'timedelta | None' = None)"
+    "(action_name: 'str', params: 'Any', *, base_url: 'Optional[str]' = None, auth_token: 'Optional[str]' = None, "
+    "summary: 'Optional[str]' = None, return_type: 'Optional[type]' = None, "
+    "action_retry_policy: 'Optional[RetryPolicy]' = None, action_start_to_close_timeout: 'Optional[timedelta]' = None)"
 )
 
 # What each class offers: its methods' signatures, and "property -> type" for its properties.
@@ -38,14 +38,14 @@ PUBLIC: dict[str, dict[str, str]] = {
         "execute": f"{RUN_PARAMETERS} -> 'Any'",
         "start": f"{RUN_PARAMETERS} -> 'ActionHandle[Any]'",
         "get_handle": (
-            "(action_id: 'str', *, base_url: 'str | None' = None, auth_token: 'str | None' = None, "
-            "return_type: 'type | None' = None) -> 'ActionHandle[Any]'"
+            "(action_id: 'str', *, base_url: 'Optional[str]' = None, auth_token: 'Optional[str]' = None, "
+            "return_type: 'Optional[type]' = None) -> 'ActionHandle[Any]'"
         ),
     },
     "ActionHandle": {
         "id": "property -> str",
         "status": "(self) -> 'ActionStatus'",
-        "result": "(self, timeout: 'timedelta | None' = None) -> 'T_co'",
+        "result": "(self, timeout: 'Optional[timedelta]' = None) -> 'T_co'",
     },
     "RetryPolicy": {"default": "() -> 'RetryPolicy'"},
     "SdkConfig": {
@@ -188,6 +188,30 @@ def test_an_exception_has_these_bases_and_attributes(name: str) -> None:
     assert str(error) == "m"
 
 
+def hinted() -> dict[str, Any]:
+    """Everything public that has type hints: the classes, their constructors, methods and properties."""
+    found: dict[str, Any] = {}
+    for name in PUBLIC:
+        cls = public_class(name)
+        found[name] = cls
+        for member in vars(cls):
+            if member.startswith("_") and member != "__init__":
+                continue
+            value = inspect.getattr_static(cls, member)
+            function = value.fget if isinstance(value, property) else getattr(cls, member, None)
+            if inspect.isroutine(function) and getattr(function, "__annotations__", None):
+                found[f"{name}.{member}"] = function
+    return found
+
+
+@pytest.mark.parametrize("name", hinted())
+def test_type_hints_can_be_evaluated(name: str) -> None:
+    """`typing.get_type_hints`, which frameworks call, works on everything public, on the oldest Python too."""
+    hints = typing.get_type_hints(hinted()[name])
+
+    assert all(not isinstance(hint, str) for hint in hints.values())
+
+
 def test_value_classes_have_their_parameters_as_fields() -> None:
     """The two value classes have their parameters as fields; a policy's default is the platform's."""
     assert vars(SdkConfig("https://example.com", "t")) == {"base_url": "https://example.com", "auth_token": "t"}
@@ -226,47 +250,58 @@ def test_only_what_sends_something_is_awaited() -> None:
 # Which of the package's modules each may import; a ? marks those that only a function may import, when it is called.
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
+    # What is said. Of the transport it knows the face alone.
     "action_executor.models": {"errors"},
     "action_executor.pacing": set(),
     "action_executor.redaction": set(),
-    "action_executor.wire": {"action_executor.models", "action_executor.redaction"},
+    "action_executor.notices": set(),
+    "action_executor.params": {"action_executor.models"},
+    "action_executor.replies": {"action_executor.models", "action_executor.redaction", "transport"},
     "action_executor.lifecycle": {
         "errors",
         "action_executor.models",
+        "action_executor.params",
         "action_executor.redaction",
-        "action_executor.wire",
-    },
-    "action_executor.hops": set(),
-    "action_executor.connections": {"action_executor.hops"},
-    "action_executor.pool": {"action_executor.connections"},
-    "action_executor.messages": {"action_executor.connections", "action_executor.hops", "action_executor.wire"},
-    "action_executor.exchange": {
-        "action_executor.connections",
-        "action_executor.hops",
-        "action_executor.messages",
-        "action_executor.models",
-        "action_executor.pool",
-        "action_executor.redaction",
-        "action_executor.wire",
-    },
-    "action_executor.http_client": {
-        "action_executor.exchange?",
-        "action_executor.models?",
-        "action_executor.wire",
+        "action_executor.replies",
+        "transport",
     },
     "action_executor.executor": {
         "errors",
-        "action_executor.http_client",
         "action_executor.lifecycle",
         "action_executor.models",
+        "action_executor.notices",
+        "action_executor.pacing",
+        "action_executor.params",
         "action_executor.redaction",
-        "action_executor.wire",
+        "action_executor.replies",
+        "transport",
     },
     "action_executor.utils": {"errors"},
-    "transport": set(),
-    "transport.failures": set(),
-    "transport.reading": {"transport", "transport.failures"},
     "action_executor": {"action_executor.executor"},
+    # How bytes move. It knows nothing of what is said.
+    "transport.messages": set(),
+    "transport.failures": {"transport.messages"},
+    "transport.hops": set(),
+    "transport.tls": {"transport.failures"},
+    "transport.connections": {"transport.hops"},
+    "transport.reading": {"transport.failures", "transport.messages"},
+    "transport.dialing": {"transport.hops"},
+    "transport.routes": {"transport.failures", "transport.hops", "transport.messages", "transport.reading"},
+    "transport.sending": {"transport.messages"},
+    "transport.pool": {"transport.connections"},
+    "transport.exchange": {
+        "transport.connections",
+        "transport.dialing",
+        "transport.failures",
+        "transport.hops",
+        "transport.messages",
+        "transport.pool",
+        "transport.reading",
+        "transport.routes",
+        "transport.sending?",
+        "transport.tls",
+    },
+    "transport": {"transport.exchange?", "transport.hops?", "transport.messages"},
     "": {"errors", "action_executor", "action_executor.models"},
     # It spells the wire format out on its own, to check wire.py and not to echo it.
     "local_platform": {"action_executor.models"},
@@ -295,14 +330,16 @@ MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 def imports(name: str) -> set[str]:
     """The package's modules that a module imports, each with a ? where only code inside of something else does.
 
-    To read ``__version__`` is no import: the package sets it before it imports anything.
+    What only type checkers import is none of them; nor is the version, which stands where the build reads it.
     """
     path = MODULES[name]
     tree = ast.parse(path.read_text(encoding="utf-8"))
     package = path.relative_to(PACKAGE).parent.parts
+    checked = [node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    for_types = {inner for node in checked for inner in ast.walk(node)}
     found: set[str] = set()
     for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.level:
+        if isinstance(node, ast.ImportFrom) and node.level and node not in for_types:
             base = ".".join([*package[: len(package) - node.level + 1], *(node.module or "").split(".")]).strip(".")
             inside = [f"{base}.{alias.name}".lstrip(".") for alias in node.names if alias.name != "__version__"]
             targets = [target if target in MODULES else base for target in inside]
@@ -329,7 +366,16 @@ def test_no_module_imports_itself() -> None:
 
     order = list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
 
-    assert order.index("action_executor.wire") < order.index("action_executor.lifecycle") < order.index("")
+    assert order.index("transport") < order.index("action_executor.lifecycle") < order.index("")
+
+
+def test_there_are_two_wings_and_one_door() -> None:
+    """What is said knows the transport's face and nothing behind it; the transport knows nothing of what is said."""
+    arrows = {(name.partition(".")[0], target.rstrip("?")) for name in MODULES for target in imports(name)}
+
+    assert {target for wing, target in arrows if wing != "transport" and target.startswith("transport.")} == set()
+    assert {target for wing, target in arrows if wing == "transport" and not target.startswith("transport.")} == set()
+    assert ("action_executor", "transport") in arrows
 
 
 def imported_by(statement: str) -> set[str]:
@@ -358,10 +404,12 @@ def test_importing_the_package_is_cheap() -> None:
     own = {
         "zamp_sdk.cli",
         "zamp_sdk.local_platform",
-        "zamp_sdk.action_executor.connections",
-        "zamp_sdk.action_executor.exchange",
-        "zamp_sdk.action_executor.messages",
-        "zamp_sdk.action_executor.pool",
+        "zamp_sdk.transport.connections",
+        "zamp_sdk.transport.exchange",
+        "zamp_sdk.transport.hops",
+        "zamp_sdk.transport.pool",
+        "zamp_sdk.transport.routes",
+        "zamp_sdk.transport.sending",
     }
 
     loaded = imported_by("import zamp_sdk")
@@ -378,7 +426,7 @@ zamp_sdk.RetryPolicy.default()
 zamp_sdk.ActionExecutor.get_handle("act_1", base_url="https://example.com", auth_token="t")
 """
 
-    assert imported_by(statement) & {"http.client", "urllib.request", "zamp_sdk.action_executor.exchange"} == set()
+    assert imported_by(statement) & {"http.client", "urllib.request", "zamp_sdk.transport.exchange"} == set()
 
 
 def test_importing_the_package_does_nothing_else() -> None:

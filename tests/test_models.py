@@ -73,12 +73,38 @@ def test_policy_accepts_the_bounds(field: str, value: Any) -> None:
         ("https://bu\u0308cher.example", "https://xn--bcher-kva.example"),  # a combining mark
         ("https://\u0909\u0926\u093e\u0939\u0930\u0923.example", "https://xn--p1b6ci4b4b3a.example"),
         ("https://api\u3002example", "https://api.example"),  # a full stop of its own
+        ("https://\u65e5\u672c\uff0ejp", "https://xn--wgv71a.jp"),  # and another
+        ("https://B\u00dcCHER.Example", "https://xn--bcher-kva.example"),
+        ("https://xn--fa-hia.b\u00fccher.example", "https://xn--fa-hia.xn--bcher-kva.example"),
         ("https://api.example.com:000443", "https://api.example.com:443"),
     ],
 )
 def test_base_url_is_normalised(given: str, kept: str) -> None:
     """A path is kept, trailing slashes and capitals of the host are not, and a unicode host becomes ASCII."""
     assert SdkConfig(given, "t").base_url == kept
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        "fa\u00df.example",  # a sharp s, which IDNA 2003 reads as ss
+        "FA\u1e9e.example",  # its capital
+        "\u03c3\u03b1\u03c2.example",  # a final sigma
+        "a\u200db.example",  # zero width joiner
+        "a\u200cb.example",  # zero width non-joiner
+        "so\u00adft.example",  # soft hyphen
+        "\uff46\uff55ll.example",  # full width
+        "\ufb01.example",  # a ligature
+        "\u2460.example",  # a digit in a circle
+        "\u017f.example",  # a long s
+        "xn--bcher-kva.fa\u00df.example",
+        "api\u3002fa\u00df",
+    ],
+)
+def test_a_host_that_two_standards_read_differently_is_refused(host: str) -> None:
+    """A name that IDNA 2003 maps to another one is refused, asking for the form that has one meaning."""
+    with pytest.raises(ValueError, match=r"base_url has a host name that standards read in different ways: .* xn--"):
+        SdkConfig(f"https://{host}", "t")
 
 
 @pytest.mark.parametrize("base_url", cases.BAD_BASE_URLS)

@@ -8,10 +8,10 @@ from typing import Callable
 
 import pytest
 
-from zamp_sdk.action_executor import lifecycle, wire
-from zamp_sdk.action_executor.redaction import Redactor
+from zamp_sdk.action_executor import lifecycle
+from zamp_sdk.action_executor.replies import Reply
 
-RUNNING = wire.read_reply(200, {}, b'{"status": "RUNNING"}')
+RUNNING = Reply(200, status="RUNNING")
 
 # How long the action takes; the mean and the worst lateness, in s too; and the mean number of polls.
 TABLE = [
@@ -33,7 +33,7 @@ def follow(seconds: float, jitter: Callable[[], float]) -> tuple[float, int]:
     now = 0.0
     polls = 0
     steps = lifecycle.follow(
-        "act-1", clock=lambda: now, jitter=jitter, redact=Redactor(), started_at=0.0, limit=float("inf")
+        "act-1", clock=lambda: now, asking_clock=lambda: now, jitter=jitter, started_at=0.0, limit=float("inf")
     )
     step = next(steps)
     while True:

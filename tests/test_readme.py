@@ -45,8 +45,8 @@ API and errors:
   handles stay where they are test_executor.py::test_handles_stay_where_they_are
   a refused result           test_executor.py::test_a_refused_result_is_warned_of
   long params in a thread    test_payloads.py::test_the_loop_goes_on_while_params_are_encoded
-  what params may hold       test_wire.py::test_params_arrive_as_the_json_that_people_expect
-                             test_wire.py::test_what_json_cannot_hold_is_refused_with_its_place
+  what params may hold       test_params.py::test_params_arrive_as_the_json_that_people_expect
+                             test_params.py::test_what_json_cannot_hold_is_refused_with_its_place
                              peers/test_pydantic.py::test_models_are_found_wherever_they_stand
   return_type                test_executor.py::test_return_type_that_has_the_method
                              test_executor.py::test_other_return_types_leave_the_result
@@ -58,11 +58,11 @@ API and errors:
                              test_lifecycle.py::test_what_a_peer_wrote_is_one_printable_line
 Waiting:
   four tries in 60 s         test_faults.py::test_a_start_is_given_up_after_four_tries
-                             test_lifecycle.py::test_start_gives_up_rather_than_wait_beyond_its_window
+                             test_lifecycle.py::test_a_refused_start_is_tried_for_five_minutes
   intervals and lateness     test_poll_interval.py::test_intervals_grow_from_a_tenth_of_a_second_to_half_a_minute
                              test_poll_interval.py::test_lateness_and_polls
   Retry-After                test_lifecycle.py::test_retry_after_of_a_good_reply
-                             test_lifecycle.py::test_retry_after_of_a_refused_poll
+                             test_lifecycle.py::test_retry_after_of_a_failed_poll
   given up after 5 minutes   test_lifecycle.py::test_a_poll_is_given_up_after_five_minutes
   404 within 10 s            test_lifecycle.py::test_not_found_just_after_the_start
   the limit of a wait        test_lifecycle.py::test_wait_limit

@@ -72,7 +72,7 @@ class ActionTimeoutError(ZampError, TimeoutError):
 
     Attributes:
         action_id: The action that is still running.
-        status: The last status seen.
+        status: The last status seen; empty if there was none.
         waited: Seconds spent waiting.
     """
 

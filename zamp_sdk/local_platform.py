@@ -51,8 +51,8 @@ _LINGER_SECONDS = 2.0  # for a client to read why its body was not read
 _MAX_BODY = 64 * 2**20  # bytes of a request: as many as the SDK reads of a reply
 
 _KEPT = 10_000  # requests, and ended actions: more than a test looks at, and a few dozen megabytes
-_KEPT_BYTES = 64 * 2**20  # of all requests that are kept, as sent, and of the outcomes that a client has been told
-_UNTOLD_BYTES = 2**30  # of the outcomes that no client has been told: who started them may be about to ask
+_REQUEST_BYTES = 64 * 2**20  # of those requests together, as sent
+_OUTCOME_BYTES = 512 * 2**20  # of those actions' outcomes together: who started them may be about to ask
 
 # What a client on this machine calls it, at whatever port a tunnel may have. A web page that has its own name point
 # here (DNS rebinding) sends that name.
@@ -77,8 +77,7 @@ class LocalPlatform:
 
     It answers requests that have its token and name 127.0.0.1 or localhost as their host, so that no web page can have
     them sent, with bodies of up to 64 MiB. Its memory is bounded: it knows all actions that run, the newest 10,000
-    that have ended, and the newest 10,000 requests. Of large ones it knows fewer: 64 MiB of requests, 64 MiB of
-    outcomes that a client has been told, 1 GiB of those that none has.
+    that have ended, and the newest 10,000 requests; of large ones fewer: 512 MiB of outcomes, and 64 MiB of requests.
 
     Args:
         auth_token: The token that clients must send: printable ASCII without white space.
@@ -115,11 +114,10 @@ class LocalPlatform:
         self._rate_limit = rate_limit
         self._functions: dict[str, _Function] = {}
         self._faults: list[_Fault] = []
-        self._requests = _Newest(_KEPT_BYTES)
+        self._requests = _Newest(_REQUEST_BYTES)
         self._numbers = itertools.count()  # of the requests
         self._running: set[str] = set()  # ids of actions
-        self._untold = _Newest(_UNTOLD_BYTES)  # outcomes by id, as JSON: those that no client has been told
-        self._told = _Newest(_KEPT_BYTES)  # and those that one has
+        self._outcomes = _Newest(_OUTCOME_BYTES)  # as JSON, by the ids of ended actions
         self._own()
 
     def _own(self) -> None:
@@ -279,8 +277,8 @@ class LocalPlatform:
             self._faults.append(_Fault(refusal, times, only))
 
     def _forget(self) -> None:
-        for memory in (self._requests, self._untold, self._told):
-            memory.clear()
+        self._requests.clear()
+        self._outcomes.clear()
         self._tokens = math.inf  # of the rate limit's bucket: it is full
         self._refilled = time.monotonic()
 
@@ -350,7 +348,7 @@ class LocalPlatform:
         # The id is made from the key, so that the same start sent again is the same action.
         action_id = f"act_{uuid.uuid5(self._run_id, key or os.urandom(16).hex()).hex[:16]}"
         with self._lock:
-            if action_id in self._running or action_id in self._untold or action_id in self._told:
+            if action_id in self._running or action_id in self._outcomes:
                 return action_id
             self._running.add(action_id)
 
@@ -359,7 +357,7 @@ class LocalPlatform:
                 outcome = running.result()
                 with self._lock:
                     self._running.discard(action_id)
-                    self._untold.add(action_id, outcome, len(outcome))
+                    self._outcomes.add(action_id, outcome, len(outcome))
 
         self._runner.run(action_id, self._functions[name], start).add_done_callback(end)
         return action_id
@@ -368,12 +366,10 @@ class LocalPlatform:
         with self._lock:
             if action_id in self._running:
                 return {"status": "RUNNING"}
-            outcome = self._untold.pop(action_id) or self._told.pop(action_id)
-            if outcome is None:
+            if action_id not in self._outcomes:
                 raise _RefusedError(404, f"unknown action id: {action_id}")
-            self._told.add(action_id, outcome, len(outcome))
-        told: _Object = json.loads(outcome)
-        return told
+            outcome: _Object = json.loads(self._outcomes[action_id])
+            return outcome
 
 
 class _RefusedError(Exception):
@@ -404,19 +400,17 @@ class _Newest:
         self._entries[key] = value, size
         self._bytes += size
         while len(self._entries) > _KEPT or (self._bytes > self._max_bytes and len(self._entries) > 1):
-            self.pop(next(iter(self._entries)))
-
-    def pop(self, key: Any) -> Any:
-        """Remove and return a value; None if it is not there."""
-        value, size = self._entries.pop(key, (None, 0))
-        self._bytes -= size
-        return value
+            _, (_, size) = self._entries.popitem(last=False)
+            self._bytes -= size
 
     def values(self) -> list[Any]:
         return [value for value, _ in self._entries.values()]
 
     def __contains__(self, key: Any) -> bool:
         return key in self._entries
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._entries[key][0]
 
 
 def _check_number(

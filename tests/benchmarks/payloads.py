@@ -11,7 +11,7 @@ from decimal import Decimal
 from typing import Any, Callable
 
 from zamp_sdk import ActionExecutor
-from zamp_sdk.action_executor import wire
+from zamp_sdk.action_executor.params import start_request
 
 ROWS = 40_000
 TICK = 0.001  # s between two looks at the clock: as long as a hold has to be to matter
@@ -41,7 +41,7 @@ def mixed_rows() -> list[dict[str, Any]]:
 
 def body(params: Any) -> bytes:
     """The body of a start with these params, as the SDK writes it."""
-    request = wire.start_request(
+    request = start_request(
         "benchmark",
         params,
         summary=None,

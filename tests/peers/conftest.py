@@ -15,9 +15,8 @@ from typing import Callable, NoReturn
 
 import pytest
 
-from tests.conftest import Pace
+from tests.conftest import Pace, pool_is_at_rest
 from tests.servers import closed_port
-from zamp_sdk.action_executor.pool import shared_pool
 
 # Read here because tests begin without any ZAMP_ variable.
 REQUIRED = os.environ.get("ZAMP_TEST_PEERS") == "required"
@@ -92,4 +91,4 @@ def quick(pace: Pace) -> Pace:
 def no_lease_left(clean_slate: None) -> Iterator[None]:
     """Whatever happens to a request, its connection goes back to the pool or is closed."""
     yield
-    assert shared_pool().rooms_taken == 0
+    assert pool_is_at_rest()

@@ -22,9 +22,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from tests.conftest import pool_state
 from tests.peers import faulty_platform
 from zamp_sdk import ActionExecutor, HttpClientError
-from zamp_sdk.action_executor.pool import shared_pool
+from zamp_sdk.transport.pool import shared_pool
 
 LIMIT = 240.0  # s; it takes half of it
 MEMORY_GROWTH = 4.0  # MiB from the first quarter to the end that are no growth yet
@@ -78,7 +79,7 @@ class Soak:
 
     async def _watch(self) -> None:
         while True:
-            self.most_sockets = max(self.most_sockets, shared_pool().connections)
+            self.most_sockets = max(self.most_sockets, sum(pool_state()[-2:]))
             await asyncio.sleep(0.05)
 
     def compare(self, ledger: dict[str, Any]) -> None:
@@ -163,7 +164,7 @@ def main() -> int:
             return 2
         wall, cpu = time.monotonic() - began, time.process_time() - cpu
         memory_after = memory()
-        leased = shared_pool().rooms_taken
+        leased = pool_state().rooms_taken
         shared_pool().close_idle()
         ledger = ask(process, "ledger\n")
     soak.compare(ledger)

@@ -14,7 +14,7 @@ from tests.peers.venvs import install_project, venv
 PROGRAM = """
 import json, sys
 import arrow, attrs, numpy, pandas, pendulum
-from zamp_sdk.action_executor import wire
+from zamp_sdk.action_executor import params
 
 @attrs.define
 class Line:
@@ -22,7 +22,7 @@ class Line:
 
 for case in json.loads(sys.argv[1]):
     try:
-        request = wire.start_request("a", {"due": eval(case)}, summary=None, retry_policy=None,
+        request = params.start_request("a", {"due": eval(case)}, summary=None, retry_policy=None,
                                      start_to_close_timeout=None, idempotency_key="k")
         print(json.dumps(json.loads(request.body)["params"]["due"]))
     except (TypeError, ValueError) as exc:

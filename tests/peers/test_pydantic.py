@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, RootModel, TypeAdapter, Valid
 
 from tests.servers import ACTION_ID, TOKEN, Server, reply
 from zamp_sdk import ActionExecutor, RetryPolicy
-from zamp_sdk.action_executor.wire import iso8601_duration
+from zamp_sdk.action_executor.params import iso8601_duration
 
 T = TypeVar("T")
 DURATION = TypeAdapter(timedelta)

@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import logging
 import math
 import os
+import sys
 import time
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Callable, Coroutine, Generic, NoReturn, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Callable, Generic, NoReturn, Optional, Protocol, TypeVar, overload
 
-from ..errors import ActionFailedError, MissingConfigError, ZampError
-from . import http_client, lifecycle, wire
-from .models import ActionStatus, RetryPolicy, SdkConfig, check_type, is_this_machine
-from .redaction import Redactor
+from ..errors import ActionFailedError, ActionTimeoutError, ZampError
+from ..transport import HELD_BACK, Exchange, Failure, Request, in_thread, is_this_machine, send
+from . import lifecycle
+from .models import ActionStatus, RetryPolicy, SdkConfig, check_type
+from .notices import Notice, add_note, warn, warn_now_and_then
+from .pacing import NAP_MAX, Pace, pace_of
+from .params import is_small, start_request
+from .redaction import Redactor, one_line
+from .replies import Reply, check_action_id
+
+logger: logging.Logger = logging.getLogger("zamp_sdk")
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 LONG_RETRY = 5.0  # s of waiting from which a failure is worth a warning
+SOON = 0.5  # s after a first refusal, when more is known
 GRACE = 2.0  # s beyond a caller's timeout for a poll under way
+LARGE_RESULT = 64 * 1024  # bytes of JSON from which a model may keep the event loop busy for over a millisecond
 INTERRUPTED = (asyncio.CancelledError, KeyboardInterrupt)  # to Python 3.10 Ctrl-C is either in a task
+WAITING = "no longer waiting for {}, which may go on"
+UNFIT_RESULT = "{} did complete; only its result did not become what return_type describes"
 Observer = Callable[[lifecycle.Step], None]
 
 
@@ -46,12 +59,12 @@ class ActionHandle(Generic[T_co]):
         self,
         action_id: str,
         config: SdkConfig,
-        return_type: type[T_co] | None,
+        return_type: Optional[type[T_co]],
         *,
-        action_name: str | None = None,
-        started_at: float | None = None,
+        action_name: Optional[str] = None,
+        started_at: Optional[float] = None,
         limit: float = math.inf,
-        reply: wire.ActionReply | None = None,
+        reply: Optional[Reply] = None,
     ) -> None:
         self._id = action_id
         self._config = config
@@ -59,7 +72,6 @@ class ActionHandle(Generic[T_co]):
         self._started_at = started_at
         self._limit = limit
         self._action_name = action_name
-        self._redact = Redactor(config.auth_token)
         self._ended = reply if reply is not None and lifecycle.is_over(reply) else None
         self._told: set[str] = set()
 
@@ -80,11 +92,14 @@ class ActionHandle(Generic[T_co]):
         Raises:
             HttpClientError: The platform cannot be asked, or gives a status that this version does not know.
         """
-        reply = await _perform(lifecycle.look(self._id, redact=self._redact), self._config)
+        reply = await _Performance(self._config).run(lifecycle.look(self._id))
         return ActionStatus(reply.status)
 
-    async def result(self, timeout: timedelta | None = None) -> T_co:
-        """Wait until the action ends and return its result; may be called again and again.
+    async def result(self, timeout: Optional[timedelta] = None) -> T_co:
+        """Wait until the action ends and return its result.
+
+        It may be called again and again: a ``return_type`` makes a new object each time, and without one each call
+        returns the same object, so that a change in it is seen by all.
 
         Args:
             timeout: How long to wait; a poll under way then gets up to 2 s more. The default is until the platform must
@@ -98,7 +113,7 @@ class ActionHandle(Generic[T_co]):
         _check_timeout(timeout)
         try:
             return await self._wait(timeout)
-        except ActionFailedError:  # it has ended, and the error says all there is to say
+        except (ActionFailedError, ActionTimeoutError):  # which say all there is to say
             raise
         except BaseException as exc:  # a cancellation, Ctrl-C, an error of the wait, or a fault of ours
             self._tell(exc)
@@ -106,52 +121,34 @@ class ActionHandle(Generic[T_co]):
 
     def _tell(self, exc: BaseException) -> None:
         """Say in a note and, once, in a warning what has become of the action and how to collect its result."""
-        action = lifecycle.name_of(self._id, self._action_name)
-        collect = f"await ActionExecutor.get_handle({self._id!r}{_beside_environment(self._config)}).result()"
-        if self._ended is None:
-            text = f"no longer waiting for {action}, which may go on; to collect its result: {collect}"
-        else:
-            text = (
-                f"{action} did complete; only its result did not become what return_type describes; "
-                f"to collect it as it came: {collect}"
-            )
-        _add_note(exc, text)
-        if text not in self._told:  # who waits in short turns is told once
-            self._told.add(text)
-            http_client.logger.warning("%s", text)
+        fate = WAITING if self._ended is None or isinstance(exc, INTERRUPTED) else UNFIT_RESULT
+        notice = _notice(fate, self._id, self._action_name, self._config)
+        add_note(exc, str(notice))
+        if fate not in self._told:  # who waits in short turns is told once
+            self._told.add(fate)
+            warn(notice)
 
-    async def _wait(self, timeout: timedelta | None, observe: Observer | None = None) -> T_co:
+    async def _wait(self, timeout: Optional[timedelta], observe: Optional[Observer] = None) -> T_co:
         _check_timeout(timeout)
-        limit = self._limit if timeout is None else timeout.total_seconds()
         if self._ended is None:
+            performance = _Performance(self._config, observe)
             steps = lifecycle.follow(
                 self._id,
                 clock=time.monotonic,
+                asking_clock=performance.asking_clock,
                 jitter=_jitter,
-                redact=self._redact,
                 started_at=self._started_at,
-                limit=limit,
+                limit=self._limit if timeout is None else timeout.total_seconds(),
+                grace=math.inf if timeout is None else GRACE,
             )
-            following = _perform(steps, self._config, observe)
-            self._ended = await (following if timeout is None else self._within(limit + GRACE, following))
-        value = lifecycle.outcome(self._id, self._ended, redact=self._redact, action_name=self._action_name)
+            self._ended = await performance.run(steps)
+        value = lifecycle.outcome(self._id, self._ended, self._action_name)
         validate = getattr(self._return_type, "model_validate", None)
         if validate is not None:
             make = functools.partial(validate, value)
-            value = await _off_the_loop(make) if self._ended.size > wire.LARGE_BODY else make()
+            value = await in_thread(make) if self._ended.size > LARGE_RESULT else make()
         result: T_co = value
         return result
-
-    async def _within(self, seconds: float, following: Coroutine[Any, Any, wire.ActionReply]) -> wire.ActionReply:
-        """Keep the caller's time even where other requests hold every slot."""
-        task = asyncio.ensure_future(following)
-        try:  # not wait_for, which can swallow a cancellation
-            await asyncio.wait({task}, timeout=seconds)
-            if task.done():
-                return task.result()
-        finally:
-            task.cancel()
-        raise lifecycle.timeout_error(self._id, "", seconds)
 
 
 class ActionExecutor:
@@ -165,12 +162,12 @@ class ActionExecutor:
             action_name: str,
             params: Any,
             *,
-            base_url: str | None = None,
-            auth_token: str | None = None,
-            summary: str | None = None,
+            base_url: Optional[str] = None,
+            auth_token: Optional[str] = None,
+            summary: Optional[str] = None,
             return_type: type[ModelT],
-            action_retry_policy: RetryPolicy | None = None,
-            action_start_to_close_timeout: timedelta | None = None,
+            action_retry_policy: Optional[RetryPolicy] = None,
+            action_start_to_close_timeout: Optional[timedelta] = None,
         ) -> ModelT: ...
 
         @overload
@@ -179,12 +176,12 @@ class ActionExecutor:
             action_name: str,
             params: Any,
             *,
-            base_url: str | None = None,
-            auth_token: str | None = None,
-            summary: str | None = None,
+            base_url: Optional[str] = None,
+            auth_token: Optional[str] = None,
+            summary: Optional[str] = None,
             return_type: Any = None,
-            action_retry_policy: RetryPolicy | None = None,
-            action_start_to_close_timeout: timedelta | None = None,
+            action_retry_policy: Optional[RetryPolicy] = None,
+            action_start_to_close_timeout: Optional[timedelta] = None,
         ) -> Any: ...
 
     @staticmethod
@@ -192,12 +189,12 @@ class ActionExecutor:
         action_name: str,
         params: Any,
         *,
-        base_url: str | None = None,
-        auth_token: str | None = None,
-        summary: str | None = None,
-        return_type: type | None = None,
-        action_retry_policy: RetryPolicy | None = None,
-        action_start_to_close_timeout: timedelta | None = None,
+        base_url: Optional[str] = None,
+        auth_token: Optional[str] = None,
+        summary: Optional[str] = None,
+        return_type: Optional[type] = None,
+        action_retry_policy: Optional[RetryPolicy] = None,
+        action_start_to_close_timeout: Optional[timedelta] = None,
     ) -> Any:
         """Start an action, wait until it ends, and return its result.
 
@@ -238,12 +235,12 @@ class ActionExecutor:
             action_name: str,
             params: Any,
             *,
-            base_url: str | None = None,
-            auth_token: str | None = None,
-            summary: str | None = None,
+            base_url: Optional[str] = None,
+            auth_token: Optional[str] = None,
+            summary: Optional[str] = None,
             return_type: type[ModelT],
-            action_retry_policy: RetryPolicy | None = None,
-            action_start_to_close_timeout: timedelta | None = None,
+            action_retry_policy: Optional[RetryPolicy] = None,
+            action_start_to_close_timeout: Optional[timedelta] = None,
         ) -> ActionHandle[ModelT]: ...
 
         @overload
@@ -252,12 +249,12 @@ class ActionExecutor:
             action_name: str,
             params: Any,
             *,
-            base_url: str | None = None,
-            auth_token: str | None = None,
-            summary: str | None = None,
+            base_url: Optional[str] = None,
+            auth_token: Optional[str] = None,
+            summary: Optional[str] = None,
             return_type: Any = None,
-            action_retry_policy: RetryPolicy | None = None,
-            action_start_to_close_timeout: timedelta | None = None,
+            action_retry_policy: Optional[RetryPolicy] = None,
+            action_start_to_close_timeout: Optional[timedelta] = None,
         ) -> ActionHandle[Any]: ...
 
     @staticmethod
@@ -265,12 +262,12 @@ class ActionExecutor:
         action_name: str,
         params: Any,
         *,
-        base_url: str | None = None,
-        auth_token: str | None = None,
-        summary: str | None = None,
-        return_type: type | None = None,
-        action_retry_policy: RetryPolicy | None = None,
-        action_start_to_close_timeout: timedelta | None = None,
+        base_url: Optional[str] = None,
+        auth_token: Optional[str] = None,
+        summary: Optional[str] = None,
+        return_type: Optional[type] = None,
+        action_retry_policy: Optional[RetryPolicy] = None,
+        action_start_to_close_timeout: Optional[timedelta] = None,
     ) -> ActionHandle[Any]:
         """Start an action as ``execute`` does, and return its handle as soon as it has an id."""
         config = _resolve(base_url, auth_token)
@@ -290,25 +287,29 @@ class ActionExecutor:
         @overload
         @staticmethod
         def get_handle(
-            action_id: str, *, base_url: str | None = None, auth_token: str | None = None, return_type: type[ModelT]
+            action_id: str,
+            *,
+            base_url: Optional[str] = None,
+            auth_token: Optional[str] = None,
+            return_type: type[ModelT],
         ) -> ActionHandle[ModelT]: ...
 
         @overload
         @staticmethod
         def get_handle(
-            action_id: str, *, base_url: str | None = None, auth_token: str | None = None, return_type: Any = None
+            action_id: str, *, base_url: Optional[str] = None, auth_token: Optional[str] = None, return_type: Any = None
         ) -> ActionHandle[Any]: ...
 
     @staticmethod
     def get_handle(
         action_id: str,
         *,
-        base_url: str | None = None,
-        auth_token: str | None = None,
-        return_type: type | None = None,
+        base_url: Optional[str] = None,
+        auth_token: Optional[str] = None,
+        return_type: Optional[type] = None,
     ) -> ActionHandle[Any]:
         """Return the handle of an action started anywhere; sends nothing; ValueError for a bad id."""
-        wire.check_action_id(action_id)
+        check_action_id(action_id)
         return ActionHandle(action_id, _resolve(base_url, auth_token), return_type)
 
 
@@ -322,33 +323,34 @@ async def _start(
     retry_policy: RetryPolicy | None,
     start_to_close_timeout: timedelta | None,
 ) -> ActionHandle[Any]:
-    """Start an action; whoever is interrupted meanwhile is told whether it may exist."""
+    """Start an action; whoever is interrupted meanwhile is told whether it exists."""
+    is_wanted = True
     prepare = functools.partial(
-        wire.start_request,
+        start_request,
         action_name,
         params,
         summary=summary,
         retry_policy=retry_policy,
         start_to_close_timeout=start_to_close_timeout,
         idempotency_key=os.urandom(16).hex(),
+        is_wanted=lambda: is_wanted,
     )
-    progress = wire.Progress()
+    import json  # noqa: F401  # here and not in the thread: a child that is forked meanwhile could not
+
+    performance = _Performance(config)
     try:
-        request = prepare() if wire.is_small(params) else await _off_the_loop(prepare)
-    except INTERRUPTED as exc:
-        _tell_of_start(exc, action_name, progress)
-        raise
-    limit = lifecycle.wait_limit(retry_policy, start_to_close_timeout)  # nothing may go wrong once the action has an id
-    steps = lifecycle.start(request, clock=time.monotonic, jitter=_jitter, redact=Redactor(config.auth_token))
-    try:
-        reply = await _perform(steps, config, progress=progress)
+        request = prepare() if is_small(params) else await in_thread(prepare)
+        limit = lifecycle.wait_limit(retry_policy, start_to_close_timeout)  # what can fail does so before the start
+        steps = lifecycle.start(request, asking_clock=performance.asking_clock, jitter=_jitter)
+        reply = await performance.run(steps)
     except ZampError:  # which says it itself
         raise
-    except BaseException as exc:  # a cancellation, Ctrl-C, or a fault of ours
-        _tell_of_start(exc, action_name, progress)
+    except BaseException as exc:  # a cancellation, Ctrl-C, what cannot be sent, or a fault of ours
+        is_wanted = False
+        _tell_of_start(exc, action_name, config, performance.exchange)
         raise
     return ActionHandle(
-        reply.id,
+        str(reply.action_id),
         config,
         return_type,
         action_name=action_name,
@@ -358,32 +360,28 @@ async def _start(
     )
 
 
-def _tell_of_start(exc: BaseException, action_name: str, progress: wire.Progress) -> None:
-    """Say in a note and a warning whether an action whose start was interrupted may exist."""
-    fate = "it may have started all the same" if progress.sent else "nothing was sent, so it has not started"
+def _tell_of_start(exc: BaseException, action_name: str, config: SdkConfig, exchange: Exchange | None) -> None:
+    """Say whether an action whose start was interrupted exists; ``exchange`` is the one whose fate is open."""
     what = "cancelled" if isinstance(exc, INTERRUPTED) else "failed"
-    text = f"{what} while starting action {action_name!r}: {fate}"
-    _add_note(exc, text)
-    http_client.logger.warning("%s", text)
+    name = f"action {one_line(str(action_name))!r}"
+    answer = None if exchange is None else exchange.answer
+    if isinstance(answer, Reply) and answer.action_id is not None:
+        notice = _notice(WAITING, answer.action_id, action_name, config)
+    elif exchange is not None and (lifecycle.may_have_started(answer) if answer else exchange.may_have_left):
+        notice = Notice(f"{what} while starting {{}}: it may have started all the same", name)
+    elif isinstance(exc, INTERRUPTED):  # which is worth no warning
+        why = "nothing was sent" if exchange is None or answer is None else "it was refused"
+        add_note(exc, f"{what} while starting {name}: {why}, so it has not started")
+        return
+    else:
+        return
+    add_note(exc, str(notice))
+    warn(notice)
 
 
-def _beside_environment(config: SdkConfig) -> str:
-    """Say as arguments what of a configuration the environment does not give; of the token only that it is needed."""
-    base_url = "" if _resolves_to(config, None, config.auth_token) else f", base_url={config.base_url!r}"
-    return base_url if _resolves_to(config, config.base_url, None) else f"{base_url}, auth_token=..."
-
-
-def _resolves_to(config: SdkConfig, base_url: str | None, auth_token: str | None) -> bool:
-    """Whether these arguments and the environment make this configuration."""
-    try:
-        return SdkConfig.resolve(base_url, auth_token) == config
-    except (MissingConfigError, ValueError):
-        return False
-
-
-def _add_note(exc: BaseException, text: str) -> None:
-    if hasattr(exc, "add_note"):  # Python 3.11
-        exc.add_note(text)
+def _notice(fate: str, action_id: str, action_name: str | None, config: SdkConfig) -> Notice:
+    collect = f"await ActionExecutor.get_handle({{}}, base_url={config.base_url!r}, auth_token=...).result()"
+    return Notice(fate, lifecycle.name_of(action_id, action_name), collect, action_id)
 
 
 def _check_timeout(timeout: timedelta | None) -> None:
@@ -410,51 +408,147 @@ def _resolve(base_url: str | None, auth_token: str | None) -> SdkConfig:
 def _warn_of_plain_http(base_url: str) -> None:
     """Warn once of each URL to which the token goes in the clear."""
     if not is_this_machine(base_url):
-        http_client.logger.warning(
-            "%s is plain http: the token and the data can be read on the way; use https", base_url
-        )
+        logger.warning("%s is plain http: the token and the data can be read on the way; use https", base_url)
 
 
-async def _off_the_loop(work: Callable[[], T]) -> T:
-    """Do in a thread what would hold the event loop up; where no thread is to be had, here."""
-    doing = asyncio.ensure_future(asyncio.to_thread(work))
-    try:
-        await asyncio.wait({doing})
-        return doing.result()
-    except RuntimeError:  # no thread could be had; or it is work's own error, which it raises again
-        return work()
-    except asyncio.CancelledError:
-        if not doing.cancelled():  # it is the caller who was cancelled, not what waited for a thread
-            raise
-        return work()
-    finally:
-        doing.cancel()
+class _Performance:
+    """Performs the lifecycle's steps; ``exchange`` is the one whose fate is open, for whoever is interrupted."""
 
+    def __init__(self, config: SdkConfig, observe: Observer | None = None) -> None:
+        self._config = config
+        self._observe = observe
+        self._pace = pace_of(config.base_url, config.auth_token)
+        self._in_line = 0.0  # seconds
+        self.exchange: Exchange | None = None
 
-async def _perform(
-    steps: lifecycle.Steps,
-    config: SdkConfig,
-    observe: Observer | None = None,
-    progress: wire.Progress | None = None,
-) -> wire.ActionReply:
-    """Perform the lifecycle's steps; ``progress`` is that of the request whose fate is open."""
-    answer = None
-    while True:
+    def asking_clock(self) -> float:
+        """Return monotonic seconds, without those in which requests waited their turn."""
+        return time.monotonic() - self._in_line
+
+    async def run(self, steps: lifecycle.Steps) -> Reply:
+        """Perform the steps, and return what they return or raise what they raise."""
+        answer: lifecycle.Answer | None = None
+        while True:
+            try:
+                step = steps.send(answer)
+            except StopIteration as stop:
+                reply: Reply = stop.value
+                return reply
+            self.exchange = None  # for a start is tried again only if no action can have come of it
+            if self._observe is not None:
+                self._observe(step)
+            if isinstance(step, lifecycle.Send):
+                answer = await self._within(step)
+            else:
+                answer = None
+                if step.warning:
+                    warn_now_and_then(f"{self._config.base_url} status", step.warning)
+                if step.failure and step.seconds > LONG_RETRY:
+                    text = f"waiting {step.seconds:.0f} s to try again: {step.failure}"
+                    warn_now_and_then(self._config.base_url, text)
+                await asyncio.sleep(step.seconds)
+
+    async def _within(self, step: lifecycle.Send) -> lifecycle.Answer:
+        """Send a request; keep the caller's time even where others have every connection, or the turn."""
+        if step.patience == math.inf:
+            return await self._send(step)
+        task = asyncio.ensure_future(self._send(step))
+        try:  # not wait_for, which can swallow a cancellation
+            await asyncio.wait({task}, timeout=step.patience)
+            if task.done() and not task.cancelled():  # by somebody else, that is
+                return task.result()
+        finally:
+            task.cancel()
+        return Failure("no answer came in the time given", may_have_left=True, may_retry=True)
+
+    async def _send(self, step: lifecycle.Send) -> lifecycle.Answer:
+        # Here and not in the thread that reads the reply: a child that is forked meanwhile could not.
+        import base64  # noqa: F401
+        import calendar  # noqa: F401
+        import email.utils  # noqa: F401
+        import json  # noqa: F401
+
+        request = _on_the_wire(step, self._config)
+        answer: Any = HELD_BACK
+        while answer is HELD_BACK:  # for the platform has refused others while this one waited for a connection
+            await self._wait_for_turn()
+            may_send = functools.partial(self._is_unchanged_since, time.monotonic())
+            exchange = self.exchange = Exchange(request, step.timeout, may_send)
+            answer = await send(exchange)
+        if isinstance(answer, Reply):
+            has_changed = self._pace.learn(
+                exchange.sent_at,
+                time.monotonic(),
+                is_refused=lifecycle.is_refusal(answer),
+                retry_after=answer.retry_after,
+            )
+            if has_changed:
+                _tell_of_pace(self._pace, self._config.base_url, answer.retry_after)
+        reply: lifecycle.Answer = answer
+        return reply
+
+    def _is_unchanged_since(self, let_go_at: float) -> bool:
+        """Whether the platform has refused nothing since a request was let go."""
+        return self._pace.cut_at <= let_go_at
+
+    async def _wait_for_turn(self) -> None:
+        """Wait in the line that there is while a platform limits how fast it is asked; it holds nothing meanwhile."""
+        ticket = self._pace.join(time.monotonic())
+        if ticket is None:
+            return
         try:
-            step = steps.send(answer)
-        except StopIteration as stop:
-            reply: wire.ActionReply = stop.value
-            return reply
-        if observe is not None:
-            observe(step)
-        if isinstance(step, lifecycle.Send):
-            answer = await http_client.send(config, step.request, step.timeout, progress)
-        else:
-            answer = None
-            if progress is not None:
-                progress.sent = False  # for only a start that cannot exist is tried again
-            if step.warning:
-                http_client.logger.warning("%s", step.warning)
-            if step.failure and step.seconds > LONG_RETRY:
-                http_client.logger.warning("waiting %.0f s to try again: %s", step.seconds, step.failure)
-            await asyncio.sleep(step.seconds)
+            while True:
+                began = time.monotonic()
+                seconds = self._pace.wait(ticket, began)
+                if not seconds:
+                    return
+                turn = lifecycle.Turn(seconds, self._pace.waiting)
+                logger.debug("waiting %.2f s for a turn, with %d in the line", *turn)
+                if self._observe is not None:
+                    self._observe(turn)
+                try:
+                    await asyncio.sleep(seconds)
+                finally:
+                    if seconds <= NAP_MAX:  # longer ones are no place in a line: the platform has told all to wait
+                        self._in_line += time.monotonic() - began
+        finally:
+            self._pace.leave(ticket)
+
+
+def _tell_of_pace(pace: Pace, base_url: str, retry_after: float | None) -> None:
+    """Warn once when a platform begins to limit how fast it is asked, and once when that has ended."""
+
+    def tell_how_fast() -> None:
+        rate = "" if pace.rate is None else f"; it takes about {pace.rate:.0f} requests a second from this process"
+        pause = f"; it asks for a pause of {retry_after:.0f} s" if retry_after and retry_after > LONG_RETRY else ""
+        logger.warning("%s limits how fast it is asked%s%s; waiting: %d", base_url, rate, pause, pace.waiting)
+
+    if pace.is_limiting:  # nothing can be said of the rate, and of who waits, at the very moment of a refusal
+        asyncio.get_running_loop().call_later(SOON, tell_how_fast)
+    else:
+        logger.warning("%s no longer limits how fast it is asked", base_url)
+
+
+def _on_the_wire(step: lifecycle.Send, config: SdkConfig) -> Request:
+    """Add what every request has: the platform, the token, who asks, and how its reply is read, in a thread."""
+    return Request(
+        step.request.method,
+        config.base_url,
+        step.request.path,
+        {
+            **step.request.headers,
+            "Authorization": f"Bearer {config.auth_token}",
+            "Accept": "application/json",
+            "User-Agent": _user_agent(),
+        },
+        step.request.body,
+        lambda raw: step.read(raw, Redactor(config.auth_token, raw.secrets), time.time()),
+        lambda text, secrets: one_line(Redactor(config.auth_token, secrets).text(text)),
+    )
+
+
+@functools.cache
+def _user_agent() -> str:
+    from .. import __version__
+
+    return f"zamp-sdk/{__version__} Python/{sys.version_info[0]}.{sys.version_info[1]} {sys.platform}"

@@ -1,9 +1,8 @@
 """The life of an action as plain data: what to send next, how long to wait, when to stop. Pure.
 
-A generator yields *steps* (``Send``, ``Sleep``), is sent what became of each ``Send`` (a ``Reply`` or a ``Failure``),
-and returns what was asked for or raises. ``clock`` (monotonic seconds) and ``jitter`` (0 to 1) are arguments. So is
-``redact``: here, and nowhere else, text that a peer wrote in a reply is put into an error, without the token and on one
-printable line; attributes have the whole of it. A ``Failure``'s message comes fit to be shown.
+A generator yields *steps* (``Send``, ``Sleep``), is sent what became of each ``Send`` (a ``Reply`` or a ``Failure``,
+whose texts are fit to be shown), and returns what was asked for or raises. ``clock`` (monotonic seconds),
+``asking_clock`` (the same, but it stands still while a request waits its turn) and ``jitter`` (0 to 1) are arguments.
 
 - The POST is sent again only if the action provably cannot exist: nothing was sent, or the platform refused it.
 - A poll is sent again after whatever may pass.
@@ -15,17 +14,20 @@ import functools
 import math
 from typing import TYPE_CHECKING, Any, Callable, Generator, Mapping, NamedTuple, Union
 
+from .. import transport
 from ..errors import ActionFailedError, ActionTimeoutError, HttpClientError
-from . import wire
+from ..transport import Failure
 from .models import ActionStatus, RetryPolicy
+from .params import Request, poll_request
 from .redaction import Redactor, one_line
-from .wire import ActionReply, Answer, Failure, Reply, Request
+from .replies import Reply, read_poll, read_start
 
 if TYPE_CHECKING:
     from datetime import timedelta
 
 REQUEST_TIMEOUT = 30.0  # s for one request as a whole
-START_TRIES, START_WINDOW = 4, 60.0  # a start is tried this often, within this many s
+START_TRIES, START_WINDOW = 4, 60.0  # a start that does not get through is tried this often, within this many s
+REFUSAL_WINDOW = 300.0  # s for which a start is tried after its first refusal: as long as a poll
 POLL_FAILURE_WINDOW = 300.0  # s without one good reply before a wait is given up
 POLL_NOT_FOUND_GRACE = 10.0  # s after its start in which a platform may not know its own action
 POLL_MIN, POLL_MAX = 0.1, 30.0  # s between two polls: what a platform can be asked for, and what a person will wait
@@ -33,16 +35,21 @@ POLL_FRACTION = 0.25  # of the time elapsed: with the jitter, no result is over 
 POLL_ROOT = 0.3  # s, times the root of the seconds elapsed: about 170 polls in 10 minutes
 POLL_JITTER = 0.1  # of the interval, either way: callers that started together do not poll together
 BACKOFF_MIN, BACKOFF_MAX = 0.5, 30.0  # s
-RETRY_AFTER_MAX = 120.0  # s that a refused poll may be told to wait
+RETRY_AFTER_MAX = 120.0  # s that a poll may be told to wait
 MINIMUM_WAIT_LIMIT = 3600.0  # s
-REASON_SHOWN = 500  # characters of the reason for a failure that a message shows: a long sentence or two
+
+Answer = Union[Reply, Failure]
+Reader = Callable[[transport.Reply, Redactor, float], Reply]
 
 
 class Send(NamedTuple):
-    """Send this request, within ``timeout`` seconds."""
+    """Send this request, within ``timeout`` seconds, and have ``read`` make an answer of what comes back."""
 
     request: Request
+    read: Reader
     timeout: float = REQUEST_TIMEOUT
+    patience: float = math.inf
+    """Seconds until the answer has to be there, what it waits for before it is sent included."""
 
 
 class Sleep(NamedTuple):
@@ -53,125 +60,154 @@ class Sleep(NamedTuple):
     warning: str | None = None
 
 
+class Turn(NamedTuple):
+    """A request waits its turn, beside so many others; the executor tells it to whoever observes the steps."""
+
+    seconds: float
+    waiting: int
+
+
 STARTING = "starting the action"  # what a message says was being done
 
-Step = Union[Send, Sleep]
-Steps = Generator[Step, Any, ActionReply]
+Step = Union[Send, Sleep, Turn]
+Steps = Generator[Union[Send, Sleep], Any, Reply]
 Clock = Callable[[], float]
 Jitter = Clock
 
 
-def start(request: Request, *, clock: Clock, jitter: Jitter, redact: Redactor) -> Steps:
+def start(request: Request, *, asking_clock: Clock, jitter: Jitter) -> Steps:
     """Start an action, and return the platform's reply, whose id is one."""
-    began = clock()
-    attempt = 0
+    unsent_since = refused_since = None
+    unsent = refused = 0  # tries: those in a row that did not get through, and those refused
     while True:
-        attempt += 1
-        answer: Answer = yield Send(request)
-        if isinstance(answer, Reply) and 200 <= answer.status_code < 300:
-            return _accepted(answer, redact)
-        wait = backoff(attempt, jitter())
-        if isinstance(answer, Reply):
-            told_to_wait = wire.retry_after(answer.headers)
-            refused = answer.status_code == 429 or (answer.status_code == 503 and told_to_wait is not None)
-            wait = wait if told_to_wait is None else max(told_to_wait, BACKOFF_MIN)
-            may_have_started = not refused and _is_doubtful(answer)
+        asked = asking_clock()
+        answer: Answer = yield Send(request, read_start)
+        if isinstance(answer, Reply) and answer.problem is None:
+            return answer
+        now = asking_clock()
+        error = _http_error(STARTING, answer, may_have_started=may_have_started(answer))
+        if isinstance(answer, Reply) and is_refusal(answer):
+            refused_since = now if refused_since is None else refused_since
+            unsent_since, unsent, refused = None, 0, refused + 1
+            left = refused_since + REFUSAL_WINDOW - now
+            if left <= 0:
+                raise error
+            wait = min(_wait_after(answer, refused, jitter()), left)
+        elif isinstance(answer, Failure) and answer.may_retry and not answer.may_have_left:
+            unsent_since = asked if unsent_since is None else unsent_since
+            unsent += 1
+            wait = backoff(unsent, jitter())
+            if unsent == START_TRIES or now - unsent_since + wait > START_WINDOW:
+                raise error
         else:
-            refused = answer.retryable and not answer.sent
-            may_have_started = answer.sent
-        error = _http_error(STARTING, answer, redact, may_have_started=may_have_started)
-        if not refused or attempt == START_TRIES or clock() - began + wait > START_WINDOW:
             raise error
-        yield Sleep(wait, str(error))
+        yield Sleep(wait, error.message)
 
 
-def follow(  # noqa: C901  # the story of a wait, which is easier to follow in one piece
+def follow(
     action_id: str,
     *,
     clock: Clock,
+    asking_clock: Clock,
     jitter: Jitter,
-    redact: Redactor,
     started_at: float | None,
     limit: float,
+    grace: float = math.inf,
 ) -> Steps:
     """Poll an action until it ends, and return the reply that says so.
 
-    ``started_at`` is by ``clock``, None if the action was started elsewhere; ``limit`` is in seconds, and may be inf.
+    Args:
+        action_id: The action.
+        clock: Monotonic seconds.
+        asking_clock: Those without the ones in which a request waited its turn.
+        jitter: From 0 to 1.
+        started_at: By ``clock``; None if the action was started elsewhere.
+        limit: Seconds to wait, and may be inf.
+        grace: Seconds beyond the limit for a poll under way, whatever it waits for.
     """
-    request = wire.poll_request(action_id)
-    began = failing_since = clock()
+    request, read = poll_request(action_id), functools.partial(read_poll, action_id)
+    began, failing_since = clock(), asking_clock()
     failures = 0
     status = ""
     has_warned = False
     while True:
-        asked = clock()
-        answer: Answer = yield Send(request, max(1.0, min(REQUEST_TIMEOUT, began + limit - asked)))
+        asked, began_asking = clock(), asking_clock()
+        left = began + limit - asked
+        answer: Answer = yield Send(request, read, max(1.0, min(REQUEST_TIMEOUT, left)), left + grace)
         now = clock()
-        age = None if started_at is None else now - started_at
-        told_to_wait = wire.retry_after(answer.headers) if isinstance(answer, Reply) else None
-        reply, problem, may_pass = _read_poll(action_id, answer, age, redact)
         error = warning = None
-        if reply is not None:
-            if is_over(reply):
-                return reply
-            status, failures = str(reply.status), 0
-            if status not in ActionStatus.__members__:
-                status = redact.text(status)
-                if not has_warned:
-                    warning = f"{_unknown(action_id, status)}; waiting for one that it does know"
+        if isinstance(answer, Reply) and answer.problem is None:
+            if is_over(answer):
+                return answer
+            status, failures = str(answer.status), 0
+            if status not in ActionStatus.__members__ and not has_warned:
                 has_warned = True
-            if told_to_wait is not None:
-                wait = min(max(told_to_wait, POLL_MIN), POLL_MAX)
+                warning = f"{_unknown(action_id, status)}; waiting for one that it does know"
+            if answer.retry_after is not None:
+                wait = min(max(answer.retry_after, POLL_MIN), POLL_MAX)
             else:
-                interval = poll_interval(now - began if age is None else age, jitter())
+                interval = poll_interval(now - (began if started_at is None else started_at), jitter())
                 # From one sending to the next; but a slow platform is left half of it in peace.
                 wait = max(interval - (now - asked), interval / 2)
         else:
-            error = _http_error(_asking(action_id), answer, redact, problem, action_id=action_id)
+            error = _http_error(_asking(action_id), answer, action_id=action_id)
+            is_new = started_at is not None and now - started_at < POLL_NOT_FOUND_GRACE
             if failures == 0:
-                failing_since = asked  # not the last good reply's time: a process may freeze
-            if not may_pass or now - failing_since >= POLL_FAILURE_WINDOW:
+                failing_since = began_asking  # not the last good reply's time: a process may freeze
+            left = failing_since + POLL_FAILURE_WINDOW - asking_clock()
+            if left <= 0 or not _may_pass(answer, is_new=is_new):
                 raise error
             failures += 1
-            wait = backoff(failures, jitter())
-            if told_to_wait is not None:
-                wait = min(max(told_to_wait, BACKOFF_MIN), RETRY_AFTER_MAX)
-            wait = min(wait, failing_since + POLL_FAILURE_WINDOW - now)
+            wait = min(_wait_after(answer, failures, jitter()), left)
         if now - began >= limit:
-            raise timeout_error(action_id, status, now - began) from error
+            raise _timeout_error(action_id, status, now - began) from error
         yield Sleep(min(wait, began + limit - now), error.message if error else None, warning)
 
 
-def look(action_id: str, *, redact: Redactor) -> Steps:
+def look(action_id: str) -> Steps:
     """Ask once how an action stands; the reply's status is one that this version knows."""
-    answer: Answer = yield Send(wire.poll_request(action_id))
-    reply, problem, _ = _read_poll(action_id, answer, None, redact)
-    if reply is not None and reply.status in ActionStatus.__members__:
-        return reply
-    if reply is not None:
-        problem = _unknown(action_id, redact.text(str(reply.status)))
-    raise _http_error(_asking(action_id), answer, redact, problem, action_id=action_id)
+    answer: Answer = yield Send(poll_request(action_id), functools.partial(read_poll, action_id))
+    if isinstance(answer, Failure) or answer.problem is not None:
+        raise _http_error(_asking(action_id), answer, action_id=action_id)
+    if answer.status not in ActionStatus.__members__:
+        answer = answer._replace(problem=_unknown(action_id, str(answer.status)))
+        raise _http_error(_asking(action_id), answer, action_id=action_id)
+    return answer
 
 
-def is_over(reply: ActionReply) -> bool:
+def is_refusal(reply: Reply) -> bool:
+    """Whether a platform has not done what it was asked, because it is asked for too much (RFC 6585, 4)."""
+    return reply.status_code == 429 or (reply.status_code == 503 and reply.retry_after is not None)
+
+
+def may_have_started(answer: Answer) -> bool:
+    """Whether an action may exist after such an answer to its start."""
+    if isinstance(answer, Failure):
+        return answer.may_have_left
+    code = answer.status_code
+    if 200 <= code < 300:
+        return True
+    # A platform or a gateway that answers like this may have passed the start on.
+    return not is_refusal(answer) and (code < 200 or code >= 500 or code in (301, 302, 303, 408, 425))
+
+
+def is_over(reply: Reply) -> bool:
     """Whether an action has ended; with a status that nobody knows it has if there is an error or a result."""
     if reply.status in ActionStatus.__members__:
         return reply.status != ActionStatus.RUNNING
     return reply.status is not None and (reply.error is not None or reply.result is not None)
 
 
-def outcome(action_id: str, reply: ActionReply, *, redact: Redactor, action_name: str | None = None) -> Any:
+def outcome(action_id: str, reply: Reply, action_name: str | None = None) -> Any:
     """Return the result of an action that has ended; or raise an ActionFailedError."""
     if reply.status == ActionStatus.COMPLETED:
         return reply.result  # the action's own, whatever is in it
-    action = name_of(action_id, action_name)
-    status, error = str(reply.status), redact.json(reply.error)
+    action, status = name_of(action_id, action_name), str(reply.status)
     if status in ActionStatus.__members__:
-        message = f"{action} ended as {status}: {one_line(wire.reason(error), REASON_SHOWN)}"
+        message = f"{action} ended as {status}: {reply.reason}"
     else:
-        status = redact.text(status)
-        message = f"{_unknown(action_id, status)}, and ended: {one_line(wire.reason(error), REASON_SHOWN)}"
-    raise ActionFailedError(message, action_id=action_id, status=status, error=error)
+        message = f"{_unknown(action_id, status)}, and ended: {reply.reason}"
+    raise ActionFailedError(message, action_id=action_id, status=status, error=reply.error)
 
 
 def name_of(action_id: str, action_name: str | None) -> str:
@@ -219,58 +255,27 @@ def backoff(failures: int, jitter: float) -> float:
     return jitter * min(BACKOFF_MAX, BACKOFF_MIN * 2.0 ** min(failures - 1, 16))
 
 
-def _accepted(answer: Reply, redact: Redactor) -> ActionReply:
-    """Take the id out of a successful start."""
-    reply, problem, action_id = answer.action, answer.problem, None
-    if reply is not None:
-        if wire.is_action_id(reply.id):
-            action_id = reply.id
-        elif reply.id not in (None, "") and problem is None:
-            problem = f"the reply has no usable id, but {one_line(redact.text(wire.reason(reply.id)))}"
-        if reply.error and reply.status is None:
-            problem = one_line(redact.text(wire.reason(reply.error)), REASON_SHOWN)
-        elif action_id is not None and problem is None:
-            return reply
-    problem = problem or "the reply has no usable id"
-    raise _http_error(STARTING, answer, redact, problem, action_id=action_id, may_have_started=True)
+def _wait_after(answer: Answer, failures: int, jitter: float) -> float:
+    """Seconds to wait after so many failures in a row: as the platform asks, within bounds, or by the backoff.
+
+    Who was refused takes a place in the line again, where ``Retry-After`` is kept for all; a second time, a bit later.
+    """
+    if isinstance(answer, Reply) and is_refusal(answer):
+        return backoff(failures - 1, jitter) if failures > 1 else 0.0
+    if isinstance(answer, Reply) and answer.retry_after is not None:
+        return min(max(answer.retry_after, BACKOFF_MIN), RETRY_AFTER_MAX)
+    return backoff(failures, jitter)
 
 
-def _is_doubtful(reply: Reply) -> bool:
-    """Whether a platform or a gateway that answers like this may have passed the start on."""
-    code = reply.status_code
-    return code < 200 or code >= 500 or code in (301, 302, 303, 408, 425)
-
-
-def _read_poll(  # noqa: PLR0911  # one return for each thing that a poll's answer may be
-    action_id: str, answer: Answer, age: float | None, redact: Redactor
-) -> tuple[ActionReply | None, str | None, bool]:
-    """Return the reply if it tells a status; or else what is wrong with it, and whether asking again may help."""
+def _may_pass(answer: Answer, *, is_new: bool) -> bool:
+    """Whether asking again may help; a platform may not know at once what is new."""
     if isinstance(answer, Failure):
-        return None, answer.message, answer.retryable
-    code = answer.status_code
-    if not 200 <= code < 300:
-        starting = code == 404 and age is not None and age < POLL_NOT_FOUND_GRACE
-        return None, None, starting or code < 200 or wire.may_pass(code)
-    reply = answer.action
-    if reply is not None and reply.id is not None and reply.id != action_id:
-        return None, "the reply is about another action", True
-    if answer.problem is not None:
-        return None, answer.problem, answer.may_pass
-    if reply is not None and reply.status is not None:
-        return reply, None, True
-    if reply is not None and reply.error:
-        return None, one_line(redact.text(wire.reason(reply.error)), REASON_SHOWN), False
-    return None, "the reply has no status", True
+        return answer.may_retry
+    return answer.may_pass or (is_new and answer.status_code == 404)
 
 
 def _http_error(
-    doing: str,
-    answer: Answer,
-    redact: Redactor,
-    problem: str | None = None,
-    *,
-    action_id: str | None = None,
-    may_have_started: bool = False,
+    doing: str, answer: Answer, *, action_id: str | None = None, may_have_started: bool = False
 ) -> HttpClientError:
     doubt = "; the action may have started all the same, so it was not sent again" if may_have_started else ""
     if isinstance(answer, Failure):
@@ -282,19 +287,13 @@ def _http_error(
     from http.client import responses  # only errors need the phrase
 
     code = answer.status_code
-    body = redact.text(answer.body.decode(errors="replace"))
-    if problem is None:
-        problem = one_line(redact.text(wire.refusal_reason(answer.body)), REASON_SHOWN) or "(empty)"
-    elif answer.action is None:
-        problem += f": {one_line(body) or '(empty)'}"
     title = f"HTTP {code} {responses.get(code, '')}".rstrip()
-    headers = redact.json(dict(answer.headers))
     return HttpClientError(
-        f"{doing}: {title}: {problem}{_advice(doing, code, headers)}{doubt}",
+        f"{doing}: {title}: {answer.problem}{_advice(doing, code, answer.headers)}{doubt}",
         status_code=code,
-        response_body=body,
-        headers=headers,
-        action_id=action_id,
+        response_body=answer.body,
+        headers=answer.headers,
+        action_id=action_id or answer.action_id,
         may_have_started=may_have_started,
     )
 
@@ -329,10 +328,10 @@ def _unknown(action_id: str, status: str) -> str:
     )
 
 
-def timeout_error(action_id: str, status: str, waited: float) -> ActionTimeoutError:
+def _timeout_error(action_id: str, status: str, waited: float) -> ActionTimeoutError:
     """The error that says that the wait is over, and that the action is not."""
     message = (
-        f"action {action_id} had not ended after {waited:.1f} s; it goes on, "
-        f"and ActionExecutor.get_handle({action_id!r}) can go on waiting"
+        f"action {action_id} had not ended after {waited:.1f} s; it goes on; to collect its result: "
+        f"await ActionExecutor.get_handle({action_id!r}, base_url=..., auth_token=...).result()"
     )
     return ActionTimeoutError(message, action_id=action_id, status=status, waited=waited)

@@ -103,7 +103,7 @@ class SdkConfig:
         return cls(_given("base_url", base_url, "ZAMP_BASE_URL"), _given("auth_token", auth_token, "ZAMP_AUTH_TOKEN"))
 
 
-def _given(argument: str, value: str | None, variable: str) -> str:
+def _given(argument: str, value: Optional[str], variable: str) -> str:
     if value is None or (isinstance(value, str) and not value.strip()):
         value = os.environ.get(variable, "")
         if not value.strip():
@@ -129,7 +129,7 @@ def _normalize_base_url(url: str) -> str:
         )
     host = parts[2].lower()
     try:
-        host = host if host[0] == "[" else host.encode("idna").decode("ascii")
+        host = host if host[0] == "[" else _ascii_host(host)
     except UnicodeError:
         host = ""
     if not re.fullmatch(r"\[.+\]|[\w.-]+", host, re.ASCII):
@@ -139,11 +139,22 @@ def _normalize_base_url(url: str) -> str:
     return f"{parts[1].lower()}://{host}{port}{path}"
 
 
-def authority(base_url: str) -> str:
-    """Return the host of a normalised base URL, and the port if it has one (RFC 3986, 3.2)."""
-    return base_url.split("/")[2]
+def _ascii_host(host: str) -> str:
+    """Return a host name in ASCII; a UnicodeError if it has none, a ValueError if it has more than one.
 
+    The standard library has IDNA 2003 (RFC 3490), which reads some characters as others (ß as ss) where IDNA 2008 (RFC
+    5891), the browsers' and the registries', has names of their own: there the token would go to somebody else's host.
+    So what does not come back from ASCII as it was is refused; capitals aside, on which the two agree.
+    """
+    in_ascii = host.encode("idna").decode("ascii")
+    if not host.isascii():
+        from unicodedata import normalize
 
-def is_this_machine(base_url: str) -> bool:
-    """Whether a normalised base URL leads to this machine itself: ``localhost``, 127.0.0.0/8 or ``[::1]``."""
-    return bool(re.fullmatch(r"(127(\.\d+){3}|localhost|\[::1\])(:\d+)?", authority(base_url)))
+        labels = re.split("[.\u3002\uff0e\uff61]", normalize("NFC", host))  # the full stops of RFC 3490, 3.1
+        for label, label_in_ascii in zip(labels, in_ascii.split(".")):
+            if not label.isascii() and label_in_ascii.encode().decode("idna") != label:
+                raise ValueError(
+                    f"base_url has a host name that standards read in different ways: {host!r}; "
+                    "write it as its owner does in ASCII, with xn--"
+                )
+    return in_ascii

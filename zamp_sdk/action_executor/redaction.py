@@ -1,68 +1,73 @@
 """What a peer wrote, made fit to be shown: without secrets, and on one printable line. Pure.
 
-A peer is a platform, a gateway or a proxy. It may echo the token that it was sent, as it came or as its own format
-writes it. So text of a peer goes through a ``Redactor`` once, where it is put into an error or a log. Nothing else
-does: ids, known statuses and this package's own words stay as they are, whatever the token may be.
+A peer is a platform, a gateway or a proxy. It may echo the token that it was sent, or a proxy's user name and password,
+as it came or as its own format writes it. So text of a peer goes through a ``Redactor`` once, where it is put into an
+error or a log. Nothing else does: ids, known statuses and this package's own words stay as they are, whatever the token
+may be.
 
-Each character of a secret that some format writes in another way is searched for in all its ways at once:
-
-- as it is;
-- percent-encoded, also more than once (RFC 3986, 2.1);
-- escaped as in JSON (RFC 8259, 7), also more than once;
-- as an HTML character reference.
-
-The same is done for the secret in base64, which is how ``Basic`` sends ``user:password`` (RFC 7617). What a peer cut
-short (``sk_live_12...``) is found by its beginning.
+A secret is printable ASCII. It is searched for as it is; percent-encoded (RFC 3986, 2.1), escaped as in JSON (RFC 8259,
+7) or as an HTML character reference, once, each character by itself; and all of that in base64 too, which is how
+``Basic`` sends ``user:password`` (RFC 7617). What a peer cut short (``sk_live_12...``) is found by its beginning. The
+time for that grows with the text and not faster, whatever the text holds.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Sequence
 
-SHORTEST_SECRET = 8  # characters; a shorter one, such as "test", would be found in innocent words
-CUT = ("...", "\N{HORIZONTAL ELLIPSIS}")  # what stands for the rest of a text
+SHORTEST_TOKEN = 8
+"""Characters; a shorter one, such as "test", would be found in innocent words, and is left alone."""
+
+SHORTEST_CREDENTIAL = 4
+"""Characters of a proxy's user name or password, which are often short: an innocent word may be lost, but no secret."""
+
+CUT = ("...", "\N{HORIZONTAL ELLIPSIS}", '"')
+"""What stands where a text was cut short; a quote ends a text in JSON."""
+
 MASK = "[token]"
-SHOWN = 200  # characters of a peer's text that a message shows: two lines of a terminal
-_NAMED = {'"': "quot", "&": "amp", "'": "apos", "<": "lt", ">": "gt"}  # the character references that HTML escapes use
+
+SHOWN = 200
+"""Characters of a peer's text that a message shows: two lines of a terminal."""
+
+_NAMED = {'"': "quot", "&": "amp", "'": "apos", "<": "lt", ">": "gt"}
+"""The character references that HTML escapes use."""
 
 
 class Redactor:
-    """Takes secrets out of what a peer wrote; those under 8 characters are left alone."""
+    """Takes secrets out of what a peer wrote: the token, and the credentials of the proxy that it came through."""
 
-    def __init__(self, *secrets: str) -> None:
-        self._secrets = [secret for secret in secrets if len(secret) >= SHORTEST_SECRET]
-        self._patterns: list[tuple[re.Pattern[str], re.Pattern[str], list[str]]] | None = None
+    def __init__(self, token: str = "", credentials: Sequence[str] = ()) -> None:
+        self._secrets = [token] if len(token) >= SHORTEST_TOKEN else []
+        self._secrets += [secret for secret in credentials if len(secret) >= SHORTEST_CREDENTIAL]
+        self._patterns: dict[str, re.Pattern[str]] | None = None
 
     def text(self, text: str) -> str:
         """Return the text with each secret replaced by ``[token]``."""
         if self._patterns is None:  # most requests go well, and need none
-            self._patterns = [_patterns(form) for secret in self._secrets for form in _forms(secret)]
-        for whole, _, _ in self._patterns:
-            text = whole.sub(MASK, text)
-        for _, beginning, characters in self._patterns:
-            text = _without_cut(text, beginning, characters)
+            # The longest first, for a secret may be part of another.
+            forms = sorted({form for secret in self._secrets for form in _forms(secret)}, key=len, reverse=True)
+            self._patterns = {form: re.compile("".join(map(_character, form))) for form in forms}
+        for pattern in self._patterns.values():
+            text = pattern.sub(MASK, text)
+        for form in self._patterns:
+            if len(form) > SHORTEST_TOKEN:
+                text = _without_cut(text, form)
         return text
 
     def json(self, value: Any) -> Any:
-        """Return a copy of a JSON value in which each text, names included, is without secrets.
+        """Return a JSON value in which each text, names included, is without secrets."""
+        from json import dumps, loads
 
-        It keeps a list of what is left to do instead of calling itself: JSON can be nested more deeply than calls.
-        """
-        root = [value]
-        unfinished: list[Any] = [root]  # copies whose members are still the peer's
-        while unfinished:
-            copy = unfinished.pop()
-            for place, member in list(copy.items() if isinstance(copy, dict) else enumerate(copy)):
-                if isinstance(member, str):
-                    copy[place] = self.text(member)
-                elif isinstance(member, dict):
-                    copy[place] = {self.text(name): item for name, item in member.items()}
-                    unfinished.append(copy[place])
-                elif isinstance(member, list):
-                    copy[place] = list(member)
-                    unfinished.append(copy[place])
-        return root[0]
+        try:
+            written = dumps(value, ensure_ascii=False)
+        except RecursionError:  # as deep as it could just be read
+            return "(nested too deeply to be shown)"
+        clean = self.text(written)
+        try:
+            return value if clean == written else loads(clean)
+        except ValueError:  # a token that has JSON's own punctuation in it
+            return clean
 
 
 def one_line(text: str, limit: int = SHOWN) -> str:
@@ -76,15 +81,7 @@ def one_line(text: str, limit: int = SHOWN) -> str:
 def _forms(secret: str) -> list[str]:
     from base64 import b64encode, urlsafe_b64encode  # only errors need them
 
-    data = secret.encode(errors="surrogatepass")
-    encoded = {encode(data).decode().rstrip("=") for encode in (b64encode, urlsafe_b64encode)}
-    return [secret, *sorted(encoded)]
-
-
-def _patterns(form: str) -> tuple[re.Pattern[str], re.Pattern[str], list[str]]:
-    """Return patterns of the whole form, of its beginning, and of each of its characters."""
-    characters = [_character(character) for character in form]
-    return re.compile("".join(characters)), re.compile("".join(characters[:SHORTEST_SECRET])), characters
+    return [secret, *(encode(secret.encode()).decode().rstrip("=") for encode in (b64encode, urlsafe_b64encode))]
 
 
 def _character(character: str) -> str:
@@ -92,38 +89,31 @@ def _character(character: str) -> str:
     if character.isascii() and character.isalnum():
         return character  # which no format escapes, and which keeps the search fast
     code = ord(character)
-    octets = character.encode(errors="surrogatepass")
-    units = character.encode("utf-16-be", errors="surrogatepass")
     ways = [
-        # The (?i:...) is for the hexadecimal digits. Eight backslashes are JSON inside JSON inside JSON.
-        r"\\{0,8}" + re.escape(character),
-        "(?i:" + "".join(f"%(?:25){{0,3}}{octet:02x}" for octet in octets) + ")",
-        "(?i:" + "".join(rf"\\{{1,8}}u{units[at : at + 2].hex()}" for at in range(0, len(units), 2)) + ")",
-        f"(?i:&(?:amp;){{0,3}}#(?:0{{0,6}}{code}|x0{{0,6}}{code:x});)",
+        "\\\\" + re.escape(character),
+        re.escape(character),
+        "(?i:" + "".join(f"%{octet:02x}" for octet in character.encode()) + ")",
+        f"(?i:\\\\u{code:04x})",
+        f"(?i:&#(?:{code}|x{code:x});)",
     ]
-    if character == "\\":
-        ways[0] = r"\\{1,8}"
-    elif character == " ":
+    if character == " ":  # in a password
         ways.append(r"\+")
     if character in _NAMED:
-        ways.insert(0, f"&(?:amp;){{0,3}}{_NAMED[character]};")
+        ways.insert(0, f"&{_NAMED[character]};")
     return f"(?:{'|'.join(ways)})"
 
 
-def _without_cut(text: str, beginning: re.Pattern[str], characters: list[str]) -> str:
+def _without_cut(text: str, form: str) -> str:
     """Replace what is the beginning of a secret, and then ends as a text does that was cut short."""
+    beginning = form[:SHORTEST_TOKEN]
     pieces: list[str] = []
-    done = at = 0
-    while True:
-        match = beginning.search(text, at)
-        if match is None:
-            return "".join(pieces) + text[done:]
-        end, at = match.end(), match.start() + 1
-        for character in characters[SHORTEST_SECRET:]:
-            more = re.compile(character).match(text, end)  # re keeps what it has compiled
-            if more is None:
-                break
-            end = more.end()
+    done, at = 0, text.find(beginning)
+    while at >= 0:
+        end = at + len(beginning)
+        while end < len(text) and end - at < len(form) and text[end] == form[end - at]:
+            end += 1
         if end == len(text) or text.startswith(CUT, end):
-            pieces += [text[done : match.start()], MASK]
-            done = at = end
+            pieces += [text[done:at], MASK]
+            done = end
+        at = text.find(beginning, max(done, at + 1))
+    return "".join(pieces) + text[done:]

@@ -24,10 +24,11 @@ tenth of a request's CPU, and ValueErrors for some Content-Types), and reads a c
 from __future__ import annotations
 
 import re
+import zlib
 from typing import Generator, Mapping, NamedTuple
 
-from . import Reply
 from .failures import PeerError
+from .messages import Reply
 
 MAX_REPLY = 64 * 1024 * 1024
 """Bytes of a body, as it comes and after decompression: far over any sane result, far under a server's memory."""
@@ -95,6 +96,7 @@ class ReplyReader:
         self.may_keep_connection: bool = False
         self._method = method
         self._body = bytearray()
+        self._is_body_whole = False  # whether what may still come is a trailer, which nobody needs
         self._incoming = bytearray()
         self._has_ended = False
         self._reading = self._read()
@@ -123,7 +125,7 @@ class ReplyReader:
             if not self._is_unsuccessful:
                 raise
             return self._reply()
-        if self._is_unsuccessful and (has_ended or is_last):
+        if (self._is_unsuccessful or self._is_body_whole) and (has_ended or is_last):
             return self._reply()
         if has_ended:
             raise PeerError(f"the peer closed the connection {place}")
@@ -201,6 +203,7 @@ class ReplyReader:
             line = yield from self._take_line(2, "before the last chunk of its reply")
             if line not in LINE_ENDS:
                 raise PeerError("a chunk is longer than its size")
+        self._is_body_whole = True
         yield from self._take_lines(MAX_HEAD, "before the trailer of its reply was over")
 
     def _read_until_end(self) -> Generator[str, None, None]:
@@ -298,8 +301,6 @@ def _decoded(body: bytes, coding: str) -> bytes:
     if not codings <= {"gzip", "x-gzip", "deflate"}:
         raise PeerError(f"the reply came in a content coding that nobody asked for: {coding[:QUOTED]}")
 
-    import zlib  # rarely needed
-
     # Of the two that call themselves deflate, zlib's format is the right one, and the bare one is in use.
     for window_bits in (zlib.MAX_WBITS + 32, -zlib.MAX_WBITS):
         try:
@@ -311,8 +312,6 @@ def _decoded(body: bytes, coding: str) -> bytes:
 
 def _decompressed(body: bytes, window_bits: int) -> bytes:
     """Decompress each member of what may have several (RFC 1952, 2.2); zlib.error if one of them is not whole."""
-    import zlib
-
     decompressed = bytearray()
     position = 0
     while True:

@@ -1,0 +1,224 @@
+"""The story of one request and its reply, from top to bottom: ``converse``.
+
+The event loop directs the request from beginning to end, and lends it to one hop at a time. It waits in the pool's line
+for room, takes an idle connection or makes a new one (dial, CONNECT, TLS handshake), has a hop send the request, waits
+until something comes, and has a hop read it, until the reply is whole. Whatever ends it early (a deadline, a
+cancellation, Ctrl-C) passes through one ``finally``, which gives the connection back: at once, or when a hop that still
+works on it has ended. So nothing is ever closed under a thread, and no thread has to be woken.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import ssl
+import time
+from typing import TYPE_CHECKING, Any
+
+from .connections import Connection
+from .dialing import OUT_OF_DESCRIPTORS, dial
+from .failures import failure
+from .hops import READ, Hops, is_ready
+from .messages import HELD_BACK, Exchange
+from .pool import Pool, shared_pool
+from .reading import ReplyReader
+from .routes import dig_tunnel, find_route
+from .tls import forget_tls_context, tls_context
+
+if TYPE_CHECKING:
+    from .routes import Route
+
+logger: logging.Logger = logging.getLogger("zamp_sdk")
+
+
+async def converse(exchange: Exchange) -> Any:
+    """Send the exchange's request, once; return what ``request.read`` makes of the reply, a Failure, or HELD_BACK."""
+    request = exchange.request
+    pool = shared_pool()
+    stopwatch = _Stopwatch()
+    await pool.enter()
+    if not exchange.may_send():
+        pool.leave()
+        return HELD_BACK
+    stopwatch.lap("in line")
+    hops = Hops(exchange.timeout)
+    route = connection = conversation = None
+    try:
+        route = await find_route(request.base_url, hops)
+        connection = pool.take(route, for_start=request.method == "POST")
+        if connection is None:
+            connection = await _connect(route, pool, hops, stopwatch)
+        conversation = _Conversation(exchange, connection, hops)
+        await hops.run(conversation.begin)
+        while not conversation.is_over:
+            is_in_time = await connection.until_ready(hops)
+            await hops.run(functools.partial(conversation.proceed, is_last=not is_in_time))
+        pool.learn(time.monotonic() - exchange.sent_at)
+        stopwatch.lap("for the reply")
+        _log(exchange, conversation.status_code, stopwatch)
+        return exchange.answer
+    except asyncio.CancelledError:
+        if conversation is not None and hops.is_at_rest:
+            conversation.look_once_more()
+        raise
+    except OSError as exc:
+        if isinstance(exc, ssl.SSLCertVerificationError):
+            forget_tls_context()
+        why_not = failure(exc, request, route, may_have_left=conversation is not None and conversation.has_begun)
+        _log(exchange, why_not.message, stopwatch)
+        return why_not
+    finally:
+        may_keep = conversation is not None and conversation.may_keep_connection
+        is_at_rest = hops.when_at_rest(functools.partial(pool.leave, connection, may_keep=may_keep))
+        # A hop that still runs may be about to send.
+        exchange.may_have_left = conversation is not None and (conversation.has_begun or not is_at_rest)
+
+
+async def _connect(route: Route, pool: Pool, hops: Hops, stopwatch: _Stopwatch) -> Connection:
+    """Make a connection to the platform that is ready for a request; raises OSError."""
+
+    def meanwhile() -> None:
+        """Do once, in the first request's time of waiting for the network, what takes 30 ms and more.
+
+        Not in a thread, whose locks a child forked at that moment would wait for.
+        """
+        from . import sending  # noqa: F401  # for the hop that sends
+
+        if route.is_tls:
+            tls_context()
+
+    reach = functools.partial(dial, route.host, route.port, hops, meanwhile)
+    try:
+        sock = await reach()
+    except OSError as exc:
+        if exc.errno not in OUT_OF_DESCRIPTORS or not pool.close_idle():
+            raise
+        sock = await reach()
+    connection = Connection(sock, route)
+    pool.add(connection)
+    stopwatch.lap("looking up and connecting")
+    try:
+        if route.tunnel_to:
+            await dig_tunnel(connection, hops)
+        if route.is_tls:
+            await connection.start_tls(tls_context(), hops)
+            stopwatch.lap("for TLS")
+    except BaseException:
+        hops.when_at_rest(functools.partial(pool.discard, connection))
+        raise
+    return connection
+
+
+class _Conversation:
+    """What hops do for one request on one connection."""
+
+    def __init__(self, exchange: Exchange, connection: Connection, hops: Hops) -> None:
+        self.is_over: bool = False
+        """Whether the reply is whole, and ``exchange.answer`` was made of it."""
+        self._exchange = exchange
+        self._connection = connection
+        self._hops = hops
+        self._reader = ReplyReader(exchange.request.method)
+        connection.bytes_sent = 0  # what leaves from now on is the request
+
+    def begin(self) -> None:
+        """Send the request as far as the socket takes it, and read the reply if that comes at once."""
+        from .sending import open_request
+
+        open_request(self._connection, self._exchange.request, self._reader, self._send)
+
+    def _send(self) -> None:
+        if not self._hops.remaining():  # it was long in coming to a thread; nothing was sent yet
+            raise TimeoutError("timed out")
+        self._connection.flush()
+        self._exchange.sent_at = time.monotonic()
+        patience = self._hops.patience
+        if patience and not self._connection.has_unsent and is_ready([self._connection.sock], READ, patience):
+            self.proceed()
+
+    def proceed(self, *, is_last: bool = False) -> None:
+        """Send more, receive more, and read it.
+
+        A reply may come before the whole request has left, for its body is too large, say. It counts, and ends the
+        request.
+
+        Args:
+            is_last: There is no time for more: an unsuccessful reply counts with as much of its body as has come.
+
+        Raises:
+            PeerError: What came is no reply.
+            OSError: The connection broke before the reply was whole.
+            TimeoutError: It is not whole, and this is the last look.
+        """
+        connection = self._connection
+        connection.flush()
+        connection.receive()
+        reply = self._reader.proceed(
+            connection.incoming,
+            has_ended=connection.has_ended,
+            is_last=is_last or connection.failure is not None,
+        )
+        if reply is not None:
+            self._exchange.answer = self._exchange.request.read(reply._replace(secrets=connection.route.secrets))
+            self.is_over = True
+        elif connection.failure is not None:
+            raise connection.failure
+        elif is_last:
+            raise TimeoutError("timed out")
+
+    def look_once_more(self) -> None:
+        """In the loop, after a cancellation: a start's reply may have come meanwhile, and nobody can ask again."""
+        if self._exchange.request.method == "POST" and self.has_begun and not self.is_over:
+            with contextlib.suppress(OSError):
+                self.proceed(is_last=True)
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a byte of the request has left."""
+        return self._connection.bytes_sent > 0
+
+    @property
+    def status_code(self) -> int:
+        """The reply's; 0 before its head is there."""
+        return 0 if self._reader.head is None else self._reader.head.status_code
+
+    @property
+    def may_keep_connection(self) -> bool:
+        """Whether another request may use the connection: its reply is whole, and nothing is left of either."""
+        return self.is_over and self._reader.may_keep_connection and not self._connection.has_leftovers
+
+
+class _Stopwatch:
+    """Where a request's time goes."""
+
+    def __init__(self) -> None:
+        self.laps: list[tuple[str, float]] = []
+        """What was done, and for how many seconds."""
+        self._began = self._last = time.monotonic()
+
+    def lap(self, what: str) -> None:
+        now = time.monotonic()
+        self.laps.append((what, now - self._last))
+        self._last = now
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds in all."""
+        return time.monotonic() - self._began
+
+
+def _log(exchange: Exchange, outcome: object, stopwatch: _Stopwatch) -> None:
+    if logger.isEnabledFor(logging.DEBUG):
+        request = exchange.request
+        laps = ", ".join(f"{seconds * 1000:.0f} {what}" for what, seconds in stopwatch.laps)
+        logger.debug(
+            "%s %s%s: %s, %.0f ms (%s)",
+            request.method,
+            request.base_url,
+            request.path,
+            outcome,
+            stopwatch.elapsed * 1000,
+            laps,
+        )

@@ -1,0 +1,255 @@
+"""Who has which connection, and how many there may be, whatever event loops and threads the process has.
+
+A request that may use a connection has *room*. How much room there is depends on how long replies take: 64 connections
+carry 64 requests in one reply's time, which is plenty where that is 5 ms and far too few where it is 100. Requests wait
+for room in one line, first come, first served, over all event loops. ``enter`` waits in that line; ``leave`` gives room
+back and hands it to the first in the line, who is called by its own loop.
+
+With room a request takes an idle connection of its route, or dials a new one. A connection goes back with ``leave``,
+and is kept only if nothing of its last reply is left over. Idle connections give way to new ones of other routes, and
+all of them where descriptors run out. They are closed after ten seconds by the event loop that gave one back, or, where
+that has ended, by the next request or at the process's exit.
+
+The lock guards a few lines each time, and nobody waits for anything while holding it. It is reentrant because the
+garbage collector may end a forgotten task, which gives its room back, in the middle of these lines.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import contextlib
+import os
+import threading
+import time
+import weakref
+from collections import deque
+from typing import TYPE_CHECKING
+
+from .connections import Connection
+
+if TYPE_CHECKING:
+    from .routes import Route
+
+FEWEST_ROOMS = 64
+"""Connections, idle ones included, that there may always be: a quarter of the 256 descriptors that macOS gives by
+default. (While a host's addresses are tried side by side, one of them may have a few sockets.)"""
+
+MOST_ROOMS = 256
+"""Connections where replies take 100 ms and more, if that is no more than a quarter of the descriptors that the process
+may open."""
+
+REQUESTS_PER_SECOND = 2560
+"""What the connections should carry together: about what one event loop can do. Rooms are this many times the seconds
+that a reply takes, so 64 of them are enough up to 25 ms."""
+
+REPLIES = 64
+"""Replies that are looked back upon. What counts is the quickest of them: the average rises with our own load. As long
+as there are fewer, as in a burst that just begins, our own load may be all that is seen."""
+
+MAX_IDLE = 10.0
+"""Seconds after which an idle connection is closed: longer than most pauses between polls, and well under the 60 and 75
+that load balancers and nginx keep theirs by default."""
+
+MAX_IDLE_FOR_START = 1.0
+"""Seconds after which a start takes no idle connection. A start that meets a connection just closed by the server
+cannot be sent again; and while a process (a Lambda) is frozen its peers may close, which it learns only later."""
+
+
+class Pool:
+    """The connections of the process, each idle or leased to a request."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._line: deque[_Turn] = deque()
+        self._rooms = FEWEST_ROOMS
+        self._rooms_taken = 0
+        self._most_rooms = _most_rooms()
+        self._reply_times: deque[float] = deque(maxlen=REPLIES)
+        self._leased: set[Connection] = set()
+        self._idle: list[Connection] = []  # the longest idle first
+        self._sweeping_loop: weakref.ref[asyncio.AbstractEventLoop] | None = None
+
+    def __repr__(self) -> str:
+        return (
+            f"<Pool: {self._rooms_taken} of {self._rooms} rooms taken, {len(self._line)} requests in the line, "
+            f"{len(self._leased)} connections leased, {len(self._idle)} idle>"
+        )
+
+    async def enter(self) -> None:
+        """Wait in the line for room; whoever gets it has to ``leave``."""
+        with self._lock:
+            if self._rooms_taken < self._rooms:
+                self._rooms_taken += 1
+                return
+        turn = _Turn(asyncio.get_running_loop())
+        with self._lock:
+            self._line.append(turn)
+            self._admit()  # room may have come free in between, when there was nobody to give it to
+        try:
+            await turn.called
+        except BaseException:
+            with self._lock:
+                if turn.has_room:  # it was given at the same moment
+                    self.leave()
+                elif turn in self._line:
+                    self._line.remove(turn)
+            raise
+
+    def leave(self, connection: Connection | None = None, *, may_keep: bool = False) -> None:
+        """Give room back, and with it the connection, if there is one.
+
+        Args:
+            connection: The request's connection.
+            may_keep: Whether the connection may serve another request. Only where an event loop runs; without it this
+                can be called in any thread.
+        """
+        try:
+            if connection is not None:
+                self._give_back(connection, may_keep=may_keep)
+        finally:
+            with self._lock:
+                self._rooms_taken -= 1
+                self._admit()
+
+    def take(self, route: Route, *, for_start: bool) -> Connection | None:
+        """Lease the idle connection of this route that was used last, if one is still good."""
+        max_idle = MAX_IDLE_FOR_START if for_start else MAX_IDLE
+        with self._lock:
+            self._close_expired()
+            for connection in self._idle[::-1]:
+                if connection.route == route and _seconds_idle(connection) <= max_idle:
+                    self._idle.remove(connection)
+                    if connection.is_quiet():
+                        self._lease(connection)
+                        return connection
+                    connection.close()
+            while self._idle and len(self._idle) + self._rooms_taken > self._rooms:
+                self._idle.pop(0).close()
+        return None
+
+    def add(self, connection: Connection) -> None:
+        """Count a new connection as leased; it uses its request's room."""
+        with self._lock:
+            self._lease(connection)
+
+    def discard(self, connection: Connection) -> None:
+        """Close a leased connection that did not come to a request; the room stays the request's."""
+        with self._lock:
+            self._leased.discard(connection)
+        connection.close()
+
+    def learn(self, seconds: float) -> None:
+        """Take notice of how long a reply took, and make as much room as that asks for."""
+        with self._lock:
+            self._reply_times.append(seconds)
+            quickest = min(self._reply_times) if len(self._reply_times) == REPLIES else 0.0
+            wanted = int(REQUESTS_PER_SECOND * quickest)
+            self._rooms = max(FEWEST_ROOMS, min(wanted, self._most_rooms))
+            self._admit()
+
+    def close_idle(self) -> bool:
+        """Close every idle connection; return whether there was one."""
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+        return bool(idle)
+
+    def _lease(self, connection: Connection) -> None:
+        connection.idle_since = None
+        self._leased.add(connection)
+
+    def _admit(self) -> None:
+        """Give what room there is to the first in the line, with the lock held; a closed loop's requests need none."""
+        while self._line and self._rooms_taken < self._rooms:
+            self._rooms_taken += 1  # first of all: what comes next may have the garbage collector free more
+            turn = self._line.popleft()
+            turn.has_room = not turn.loop.is_closed()
+            if turn.has_room:
+                with contextlib.suppress(RuntimeError):  # closed just now: its tasks are collected, and give it back
+                    turn.loop.call_soon_threadsafe(turn.call)
+            else:
+                self._rooms_taken -= 1
+
+    def _give_back(self, connection: Connection, *, may_keep: bool) -> None:
+        with self._lock:
+            self._leased.discard(connection)
+            if may_keep:  # `take` looks at the socket
+                connection.requests += 1
+                connection.idle_since = time.monotonic()
+                self._idle.append(connection)
+                self._sweep_later()
+        if not may_keep:
+            connection.close()
+
+    def _sweep_later(self) -> None:
+        """Have an event loop close what is idle for too long, unless one will already; with the lock held."""
+        sweeping = None if self._sweeping_loop is None else self._sweeping_loop()
+        if self._idle and (sweeping is None or sweeping.is_closed()):
+            loop = asyncio.get_running_loop()
+            self._sweeping_loop = weakref.ref(loop)
+            loop.call_later(max(0.0, MAX_IDLE - _seconds_idle(self._idle[0])), self._sweep)
+
+    def _sweep(self) -> None:
+        self._sweeping_loop = None
+        with self._lock:
+            self._close_expired()
+            self._sweep_later()
+
+    def _close_expired(self) -> None:
+        while self._idle and _seconds_idle(self._idle[0]) >= MAX_IDLE:
+            self._idle.pop(0).close()
+
+
+class _Turn:
+    """A request's place in the line."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop: asyncio.AbstractEventLoop = loop
+        self.called: asyncio.Future[None] = loop.create_future()
+        self.has_room: bool = False
+        """Whether it has been given room, which it then has to pass on if it does not want it any more."""
+
+    def call(self) -> None:
+        """In its own loop: wake its request."""
+        if not self.called.done():  # it may have been cancelled
+            self.called.set_result(None)
+
+
+def _seconds_idle(connection: Connection) -> float:
+    return time.monotonic() - (connection.idle_since or 0.0)
+
+
+def _most_rooms() -> int:
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return FEWEST_ROOMS
+    descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if descriptors == resource.RLIM_INFINITY:
+        return MOST_ROOMS
+    return max(FEWEST_ROOMS, min(MOST_ROOMS, descriptors // 4))
+
+
+_pool = Pool()
+
+
+def shared_pool() -> Pool:
+    """Return the process's pool."""
+    return _pool
+
+
+def _start_afresh() -> None:
+    """In a forked child: begin with an empty pool. The sockets of its parent's are closed by ``dialing``."""
+    global _pool  # noqa: PLW0603  # the one place where the process changes its pool
+    _pool = Pool()
+
+
+def _close_at_exit() -> None:
+    _pool.close_idle()
+
+
+atexit.register(_close_at_exit)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_afresh)
