@@ -18,7 +18,7 @@ from tests.certificates import Authority
 
 ROOT = Path(__file__).resolve().parents[2]
 CACHE = ROOT / ".bench"
-LATENCIES = (0.0, 0.025)  # s, one way
+LATENCIES = (0.0, 0.025, 0.05)  # s, one way
 WORKER = Path(__file__).with_name("worker.py")
 WORKLOAD_TIMEOUT = 120  # s
 

@@ -113,8 +113,8 @@ def table(rows: Sequence[Row], this: str, other: str) -> str:
 SUMMARY = (
     "In brackets the official SDK's figures: it takes {from the import to the first result} from the import to the "
     "first result; the caller of an action of 5 to 45 s is told {mean lateness of actions of 5 to 45 s} late on "
-    "average; 1,000 actions of 0.2 s at once over TLS take {1,000 actions, TLS: wall} and "
-    "{1,000 actions, TLS: peak memory} of memory; but following an action of 0 to 45 s takes "
+    "average; 1,000 actions of 0.2 s at once over TLS take {1,000 actions of 0.2 s, TLS: wall} and "
+    "{1,000 actions of 0.2 s, TLS: peak memory} of memory; but following an action of 0 to 45 s takes "
     "{mean polls of actions of 0 to 45 s} requests on average, and one action of 0.2 s takes "
     "{1 action, plain: CPU after the import} of CPU time after the import."
 )
