@@ -1,6 +1,7 @@
 """Measure this SDK beside the newest official one: `python -m tests.benchmarks [PART...]`, or `make bench`.
 
-A whole run writes tests/benchmarks/README.md, the chart beside it, and the sentence of figures in the project's README.
+A whole run is on two Pythons; it writes tests/benchmarks/README.md, the chart beside it, and the sentences of figures
+in the project's README.
 """
 
 from __future__ import annotations
@@ -9,13 +10,16 @@ import argparse
 import datetime as dt
 import platform
 import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from tests import official_sdk
+from tests.pythons import pythons
 
 from .laboratory import ROOT, Laboratory
 from .parts import PARTS, RATIOS, ROUNDS, expect_ratios
-from .report import Part, block, replace_block, summary, table
+from .report import Part, Row, block, replace_block, summary, table
 
 HERE = Path(__file__).parent
 OURS, THEIRS = "ours", "official"
@@ -27,60 +31,57 @@ fresh processes, and takes the medians of the rounds; the ratio is the median of
 here is better when it is lower. *50 ms round trip* means that the server delays every byte by 25 ms each way."""
 
 
-def main() -> None:
-    """Run the parts, print their tables, and after a whole run write them down."""
-    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of each measurement (%(default)s)")
-    parser.add_argument("--python", type=Path, help="runs both (default: the newest that can)")
-    parser.add_argument("--write", action="store_true", help="write the files although there are fewer rounds")
-    options = parser.parse_args()
-    unknown = set(options.parts) - set(PARTS)
-    if unknown:
-        parser.error(f"no such part: {', '.join(sorted(unknown))}")
-    try:
-        official = official_sdk.find(options.python and [options.python])
-    except LookupError as exc:
-        parser.error(str(exc))
+class Measured(NamedTuple):
+    """What was found on one Python."""
 
-    started = time.monotonic()
+    python_version: str
+    headers: tuple[str, str]
+    about: str
+    parts: dict[str, Part]
+
+    @property
+    def rows(self) -> dict[str, Row]:
+        """All rows that compare with the official SDK, by name."""
+        return {row.name: row for part in self.parts.values() if part.other is None for row in part.rows}
+
+
+def measure(official: official_sdk.Official, names: Iterable[str], rounds: int) -> Measured:
+    """Run the parts on one Python, and print their tables."""
     found: dict[str, Part] = {}
-    with Laboratory(official.python, {OURS: ROOT, THEIRS: official.requirement}, options.rounds) as laboratory:
+    with Laboratory(official.python, {OURS: ROOT, THEIRS: official.requirement}, rounds) as laboratory:
         headers = ("zamp-sdk (this)", f"official {official.version}")
         about = (
             f"Measured on {dt.date.today()} with Python {laboratory.python_version} on {platform.system()} "
             f"{platform.machine()}, beside the official zamp-sdk {official.version}, the newest on the index that day; "
-            f"{options.rounds} rounds."
+            f"{rounds} rounds."
         )
         print(about, flush=True)
-        for name in options.parts or PARTS:
+        for name in names:
             part = found[name] = PARTS[name](laboratory)
             expect_ratios(part)
             laboratory.progress("")
             print(f"\n{part.as_text(*headers)}", flush=True)
+        return Measured(laboratory.python_version, headers, about, found)
 
-    targets = [target for part in found.values() for target in part.targets]
-    reached = f"{sum(target.reached for target in targets)} of {len(targets)} targets reached"
-    print(f"\n{reached}, in {time.monotonic() - started:.0f} s.")
-    if set(found) != set(PARTS):
-        return
-    rows = {row.name: row for part in found.values() if part.other is None for row in part.rows}
-    missing = RATIOS.keys() - rows.keys()
-    if missing:
-        raise LookupError(f"targets for rows that nothing measured: {', '.join(missing)}")
-    shown = f"{summary(rows)}\n\n{about}"
+
+def write(runs: Sequence[Measured]) -> None:
+    """Write the report, the chart, and the project's README's sentences; the first run is told in full."""
+    shown = "\n\n".join(f"{summary(run.rows)}\n\n{run.about}" for run in runs)
     print(f"\n{shown}")
-    if options.rounds < ROUNDS and not options.write:
-        return
-    lost = [row for row in rows.values() if row.ratio is not None and row.ratio > 1]
+    first = runs[0]
+    lost = [row for row in first.rows.values() if row.ratio is not None and row.ratio > 1]
     text = "\n\n".join(
         [
             INTRODUCTION,
             block(shown),
             "![How late each SDK tells of an action, by how long the action takes](time-to-result.svg)",
-            "## Where the official SDK is better",
-            table(lost, *headers),
-            *(part.as_text(*headers) for part in found.values()),
+            f"## Where the official SDK is better, on Python {first.python_version}",
+            table(lost, *first.headers),
+            *(part.as_text(*first.headers) for part in first.parts.values()),
+            *(
+                f"## The same on Python {run.python_version}\n\n{table(list(run.rows.values()), *run.headers)}"
+                for run in runs[1:]
+            ),
         ]
     )
     (HERE / "README.md").write_text(text + "\n", encoding="utf-8")
@@ -88,8 +89,44 @@ def main() -> None:
     readme.write_text(replace_block(readme.read_text(encoding="utf-8"), shown), encoding="utf-8")
     from .chart import draw
 
-    draw(found["time-to-result"].series, dict(zip(laboratory.sides, headers)), HERE / "time-to-result.svg")
-    print("\nWritten: tests/benchmarks/README.md, its chart, and the sentence in README.md.")
+    names = dict(zip((OURS, THEIRS), first.headers))
+    draw(first.parts["time-to-result"].series, names, HERE / "time-to-result.svg")
+    print("\nWritten: tests/benchmarks/README.md, its chart, and the sentences in README.md.")
+
+
+def main() -> None:
+    """Run the parts, print their tables, and after a whole run write them down."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="of each measurement (%(default)s)")
+    parser.add_argument(
+        "--python",
+        type=Path,
+        action="append",
+        help="runs both; may be repeated (default: 3.13, and the newest that can)",
+    )
+    options = parser.parse_args()
+    unknown = set(options.parts) - set(PARTS)
+    if unknown:
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    try:
+        usual = [path for version, path in pythons().items() if version == "3.13"]
+        chosen = options.python or [*usual, official_sdk.find().python]
+        officials = [official_sdk.find([python]) for python in dict.fromkeys(chosen)]
+    except LookupError as exc:
+        parser.error(str(exc))
+
+    started = time.monotonic()
+    runs = [measure(official, options.parts or PARTS, options.rounds) for official in officials]
+    targets = [target for run in runs for part in run.parts.values() for target in part.targets]
+    reached = f"{sum(target.reached for target in targets)} of {len(targets)} targets reached"
+    print(f"\n{reached}, in {time.monotonic() - started:.0f} s.")
+    for run in runs:
+        missing = RATIOS.keys() - run.rows.keys()
+        if missing and not options.parts:
+            raise LookupError(f"targets for rows that nothing measured: {', '.join(missing)}")
+    if not options.parts and not options.python:
+        write(runs)
 
 
 if __name__ == "__main__":

@@ -116,7 +116,7 @@ SUMMARY = (
     "average; 1,000 actions of 0.2 s at once over TLS take {1,000 actions of 0.2 s, TLS: wall} and "
     "{1,000 actions of 0.2 s, TLS: peak memory} of memory; but following an action of 0 to 45 s takes "
     "{mean polls of actions of 0 to 45 s} requests on average, and one action of 0.2 s takes "
-    "{1 action, plain: CPU after the import} of CPU time after the import."
+    "{1 action of 0.2 s, plain: CPU after the import} of CPU time after the import."
 )
 WIDTH = 120  # characters of a line in the documents
 BEGIN, END = "<!-- `make bench` writes from here -->", "<!-- to here -->"
