@@ -434,11 +434,10 @@ class _Performance:
             except StopIteration as stop:
                 reply: Reply = stop.value
                 return reply
-            self.exchange = None  # for a start is tried again only if no action can have come of it
             if self._observe is not None:
                 self._observe(step)
             if isinstance(step, lifecycle.Send):
-                answer = await self._within(step)
+                answer = await (self._send(step) if step.patience == math.inf else self._within(step))
             else:
                 answer = None
                 if step.warning:
@@ -450,8 +449,6 @@ class _Performance:
 
     async def _within(self, step: lifecycle.Send) -> lifecycle.Answer:
         """Send a request; keep the caller's time even where others have every connection, or the turn."""
-        if step.patience == math.inf:
-            return await self._send(step)
         task = asyncio.ensure_future(self._send(step))
         try:  # not wait_for, which can swallow a cancellation
             await asyncio.wait({task}, timeout=step.patience)
@@ -475,6 +472,7 @@ class _Performance:
             may_send = functools.partial(self._is_unchanged_since, time.monotonic())
             exchange = self.exchange = Exchange(request, step.timeout, may_send)
             answer = await send(exchange)
+        self.exchange = None
         if isinstance(answer, Reply):
             has_changed = self._pace.learn(
                 exchange.sent_at,

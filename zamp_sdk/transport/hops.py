@@ -81,6 +81,7 @@ class Hops:
             if not hop.give_up():
                 await hop.until_ended()
             raise
+        self._hop = None  # it refers to its function, and that, perhaps, to this
         return hop.outcome.result()
 
     async def look_up(self, function: Callable[[], T]) -> T:
