@@ -38,7 +38,6 @@ Configuration:
   arguments win              test_models.py::test_arguments_come_first
                              test_models.py::test_missing_configuration
                              test_executor.py::test_missing_configuration_sends_nothing
-  xn-- hosts                 test_models.py::test_a_host_that_two_standards_read_differently_is_refused
 API and errors:
   signatures and attributes  test_imports.py::test_a_public_class_has_these_members_and_no_others
                              test_imports.py::test_an_exception_has_these_bases_and_attributes
@@ -160,6 +159,7 @@ Network and logging (docs/troubleshooting.md):
                              test_reading.py::test_what_cannot_be_decompressed_is_named
                              test_replies.py::test_what_can_never_be_read_is_said_plainly
   RFC 8305                   test_dialing.py::test_dead_addresses_cost_a_moment
+  xn-- hosts                 test_models.py::test_a_host_that_two_standards_read_differently_is_refused
   a dot at the end           test_tls.py::test_a_dot_that_ends_the_hosts_name_is_in_no_certificate
   gzip and deflate           test_reading.py::test_a_compressed_reply_is_read
   tracing agents             peers/test_tracing.py::test_an_action_runs_under_a_tracing_agent
