@@ -361,7 +361,7 @@ async def _start(
 
 
 def _tell_of_start(exc: BaseException, action_name: str, config: SdkConfig, exchange: Exchange | None) -> None:
-    """Say whether an action whose start was interrupted exists; ``exchange`` is the one whose fate is open."""
+    """Say whether an action whose start was interrupted exists; ``exchange`` is the last one, if there was any."""
     what = "cancelled" if isinstance(exc, INTERRUPTED) else "failed"
     name = f"action {one_line(str(action_name))!r}"
     answer = None if exchange is None else exchange.answer
@@ -412,7 +412,10 @@ def _warn_of_plain_http(base_url: str) -> None:
 
 
 class _Performance:
-    """Performs the lifecycle's steps; ``exchange`` is the one whose fate is open, for whoever is interrupted."""
+    """Performs the lifecycle's steps; ``exchange`` is the last one, for whoever is interrupted.
+
+    The last one is enough: a start is sent again only if no action can have come of what was sent before.
+    """
 
     def __init__(self, config: SdkConfig, observe: Observer | None = None) -> None:
         self._config = config
@@ -434,7 +437,6 @@ class _Performance:
             except StopIteration as stop:
                 reply: Reply = stop.value
                 return reply
-            self.exchange = None  # for a start is tried again only if no action can have come of it
             if self._observe is not None:
                 self._observe(step)
             if isinstance(step, lifecycle.Send):
