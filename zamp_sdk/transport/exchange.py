@@ -97,7 +97,6 @@ async def _connect(route: Route, pool: Pool, hops: Hops, stopwatch: _Stopwatch) 
             raise
         sock = await reach()
     connection = Connection(sock, route)
-    pool.add(connection)
     stopwatch.lap("looking up and connecting")
     try:
         if route.tunnel_to:
@@ -106,7 +105,7 @@ async def _connect(route: Route, pool: Pool, hops: Hops, stopwatch: _Stopwatch) 
             await connection.start_tls(tls_context(), hops)
             stopwatch.lap("for TLS")
     except BaseException:
-        hops.when_at_rest(functools.partial(pool.discard, connection))
+        hops.when_at_rest(connection.close)  # the room stays the request's
         raise
     return connection
 
