@@ -175,8 +175,8 @@ def test_flush_sends_what_the_socket_takes(pair: tuple[Connection, socket.socket
     """A full socket keeps nobody: the rest is sent by the next calls, and nothing twice."""
     connection, peer = pair
     data = os.urandom(1_000_000)
-    connection.send(data[:300_000])
-    connection.send(data[300_000:])
+    connection.write(data[:300_000])
+    connection.write(data[300_000:])
     connection.flush()
     assert connection.has_unsent
     assert 0 < connection.bytes_sent < len(data)
@@ -222,7 +222,7 @@ def test_what_came_before_a_failure_counts(pair: tuple[Connection, socket.socket
     connection, peer = pair
     peer.sendall(b"no")
     peer.close()
-    connection.send(b"x")
+    connection.write(b"x")
     connection.flush()
     assert isinstance(connection.failure, BrokenPipeError)
     assert not connection.has_unsent

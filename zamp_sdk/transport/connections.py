@@ -1,8 +1,8 @@
 """One connection to a platform or a proxy: TLS, and sending and receiving without ever blocking.
 
-A ``Connection`` is a non-blocking socket with bytes before and behind it. ``send`` puts bytes into ``outgoing``;
-``flush`` hands the socket as many of them as it takes, and ``receive`` moves what has come to ``incoming``. Neither
-waits: who wants more waits for the socket (``until_ready``) and calls again.
+A ``Connection`` is a non-blocking socket with bytes before and behind it. ``write`` queues bytes; ``flush`` hands the
+socket as many of them as it takes, and ``receive`` moves what has come to ``incoming``. None of them waits: who wants
+more waits for the socket (``until_ready``) and calls again.
 
 TLS is an ``ssl.SSLObject`` between two memory buffers, so that it does no I/O of its own. All that has come is
 decrypted at once: what OpenSSL held back would be invisible to a wait for the socket.
@@ -45,7 +45,7 @@ class Connection:
         self.incoming: bytearray = bytearray()
         """What has come and was not read yet."""
         self.bytes_sent: int = 0
-        """What the socket has taken; who begins a request sets it to 0, for a handshake sends some, too."""
+        """How many the socket has taken since the connection was made, those of the handshakes included."""
         self.has_ended: bool = False
         """Whether the peer sends no more."""
         self.failure: OSError | None = None
@@ -64,8 +64,8 @@ class Connection:
         state = "leased" if self.idle_since is None else "idle"
         return f"<Connection to {self.route.authority}, {state}, {self.requests} requests served>"
 
-    def send(self, data: bytes) -> None:
-        """Have these bytes sent by the next calls of ``flush``."""
+    def write(self, data: bytes) -> None:
+        """Queue bytes, which the next calls of ``flush`` send."""
         if self._tls is None:
             self._outgoing += data
         else:

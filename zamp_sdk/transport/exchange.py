@@ -120,7 +120,7 @@ class _Conversation:
         self._connection = connection
         self._hops = hops
         self._reader = ReplyReader(exchange.request.method)
-        connection.bytes_sent = 0  # what leaves from now on is the request
+        self._sent_before = connection.bytes_sent
 
     def begin(self) -> None:
         """Send the request as far as the socket takes it, and read the reply if that comes at once."""
@@ -176,7 +176,7 @@ class _Conversation:
     @property
     def has_begun(self) -> bool:
         """Whether a byte of the request has left."""
-        return self._connection.bytes_sent > 0
+        return self._connection.bytes_sent > self._sent_before
 
     @property
     def status_code(self) -> int:

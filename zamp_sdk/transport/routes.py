@@ -115,7 +115,7 @@ async def dig_tunnel(connection: Connection, hops: Hops) -> None:
     lines = [f"CONNECT {platform} HTTP/1.1", f"Host: {platform}"]
     if connection.route.proxy_authorization:
         lines.append(f"Proxy-Authorization: {connection.route.proxy_authorization}")
-    connection.send("\r\n".join([*lines, "", ""]).encode("ascii"))
+    connection.write("\r\n".join([*lines, "", ""]).encode("ascii"))
     reader = ReplyReader("CONNECT")
     reply = None
     while reply is None:

@@ -93,7 +93,7 @@ class _Writer:
         """Queue a request (RFC 9112, 3), but for the header with which do_open asks for the connection's end."""
         fields = [f"{name}: {value}\r\n" for name, value in headers.items() if name != "Connection"]
         head = "".join([f"{method} {target} HTTP/1.1\r\n", *fields, "\r\n"])
-        self._connection.send(head.encode("latin-1") + (body or b""))
+        self._connection.write(head.encode("latin-1") + (body or b""))
 
     def getresponse(self) -> _Response:
         self._send()
