@@ -244,7 +244,7 @@ async def test_a_cancellation_that_comes_with_the_result_is_not_lost(
         return Reply(200, "act", "COMPLETED", 42)
 
     handle = await ActionExecutor.start("wait", 0.0)
-    monkeypatch.setattr(executor._Performance, "_send", send)
+    monkeypatch.setattr(executor._Driver, "_send", send)
 
     async def job() -> None:
         await handle.result(timeout=timedelta(seconds=5))
