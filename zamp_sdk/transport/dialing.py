@@ -41,7 +41,7 @@ async def dial(host: str, port: int, hops: Hops, meanwhile: Callable[[], object]
         host: A name, or an IP address.
         port: Its port.
         hops: The deadline, and the ways to wait.
-        meanwhile: Called once the first address is being connected to: what has to be done anyway, and takes time.
+        meanwhile: Called whenever an address is being connected to: what has to be done once anyway, and takes time.
     """
     lookup = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
     addresses = deque(_address(host, port) or _interleaved(await hops.look_up(lookup)))

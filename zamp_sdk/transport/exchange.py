@@ -80,9 +80,9 @@ async def _connect(route: Route, pool: Pool, hops: Hops, stopwatch: _Stopwatch) 
     """Make a connection to the platform that is ready for a request; raises OSError."""
 
     def meanwhile() -> None:
-        """Do once, in the first request's time of waiting for the network, what takes 30 ms and more.
+        """Do what the first request needs, and takes 30 ms and more, while the network is waited for anyway.
 
-        Not in a thread, whose locks a child forked at that moment would wait for.
+        Not in a thread, whose locks a child forked at that moment would wait for. Later it is done already.
         """
         from . import sending  # noqa: F401  # for the hop that sends
 

@@ -100,8 +100,8 @@ class Pool:
 
         Args:
             connection: The request's connection.
-            may_keep: Whether the connection may serve another request. Only where an event loop runs; without it this
-                can be called in any thread.
+            may_keep: Whether the connection may serve another request; what comes on it until then, ``take`` will see.
+                True only where an event loop runs; where it is False, this can be called in any thread.
         """
         try:
             if connection is not None:
