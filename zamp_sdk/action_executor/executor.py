@@ -12,8 +12,9 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Callable, Generic, NoReturn, Optional, Protocol, TypeVar, overload
 
+from .. import transport
 from ..errors import ActionFailedError, ActionTimeoutError, ZampError
-from ..transport import HELD_BACK, Exchange, Failure, Request, in_thread, is_this_machine, send
+from ..transport import HELD_BACK, Exchange, Failure, in_thread, is_this_machine, send
 from . import lifecycle
 from .models import ActionStatus, RetryPolicy, SdkConfig, check_type
 from .notices import Notice, add_note, warn, warn_now_and_then
@@ -535,9 +536,9 @@ def _tell_of_pace(pace: Pace, base_url: str, retry_after: float | None) -> None:
         logger.warning("%s no longer limits how fast it is asked", base_url)
 
 
-def _transport_request(step: lifecycle.Send, config: SdkConfig) -> Request:
+def _transport_request(step: lifecycle.Send, config: SdkConfig) -> transport.Request:
     """Add what every request has: the platform, the token, who asks, and how its reply is read, in a thread."""
-    return Request(
+    return transport.Request(
         method=step.request.method,
         base_url=config.base_url,
         path=step.request.path,
