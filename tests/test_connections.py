@@ -201,7 +201,7 @@ def test_receive_takes_what_has_come(pair: tuple[Connection, socket.socket]) -> 
     peer.close()
     connection.receive()
     assert (bytes(connection.incoming), connection.has_ended) == (b"hello", True)
-    assert connection.failure is None
+    assert connection.broken_by is None
     assert connection.has_leftovers
 
 
@@ -224,12 +224,12 @@ def test_what_came_before_a_failure_counts(pair: tuple[Connection, socket.socket
     peer.close()
     connection.write(b"x")
     connection.flush()
-    assert isinstance(connection.failure, BrokenPipeError)
+    assert isinstance(connection.broken_by, BrokenPipeError)
     assert not connection.has_unsent
     assert connection.bytes_sent == 0
     connection.receive()
     assert connection.incoming == b"no"
-    assert isinstance(connection.failure, BrokenPipeError)
+    assert isinstance(connection.broken_by, BrokenPipeError)
 
 
 def test_a_connections_repr_names_no_credentials() -> None:

@@ -48,8 +48,8 @@ class Connection:
         """How many the socket has taken since the connection was made, those of the handshakes included."""
         self.has_ended: bool = False
         """Whether the peer sends no more."""
-        self.failure: OSError | None = None
-        """What broke it; what came before still counts."""
+        self.broken_by: OSError | None = None
+        """The error that broke it; what came before still counts."""
         self.requests: int = 0
         """How many requests it has served; kept by the pool, as the next one."""
         self.idle_since: float | None = None
@@ -77,7 +77,7 @@ class Connection:
         return bool(self._outgoing or self._plaintext)
 
     def flush(self) -> None:
-        """Send as much as the socket takes now; a failure is kept, for the peer may have said why."""
+        """Send as much as the socket takes now; an error is kept, for the peer may have said why."""
         try:
             while self.has_unsent:
                 if not self._outgoing:
@@ -90,10 +90,10 @@ class Connection:
         except OSError as exc:
             self._outgoing.clear()
             self._plaintext.clear()
-            self.failure = exc
+            self.broken_by = exc
 
     def receive(self) -> None:
-        """Take what has come; a failure is kept, for what came before it still counts."""
+        """Take what has come; an error is kept, for what came before it still counts."""
         try:
             for _ in range(PIECES):
                 data = self.sock.recv(PIECE)
@@ -103,14 +103,14 @@ class Connection:
         except BlockingIOError:
             pass
         except ssl.SSLError as exc:  # the peer's alert says why it has broken
-            self.failure = exc
+            self.broken_by = exc
         except OSError as exc:
-            self.failure = self.failure or exc
+            self.broken_by = self.broken_by or exc
 
     @property
     def has_leftovers(self) -> bool:
-        """Whether the last request has left something behind: a byte either way, an end, or a failure."""
-        return bool(self.incoming or self._record or self.has_unsent or self.has_ended or self.failure)
+        """Whether the last request has left something behind: a byte either way, an end, or an error."""
+        return bool(self.incoming or self._record or self.has_unsent or self.has_ended or self.broken_by)
 
     def is_quiet(self) -> bool:
         """Whether nothing is left over of the last request, and nothing has come since: not even an end."""
@@ -141,8 +141,8 @@ class Connection:
             if not await self.until_ready(hops):
                 raise TimeoutError("timed out")
             self.flush()
-            if self.failure is not None:
-                raise self.failure
+            if self.broken_by is not None:
+                raise self.broken_by
             with contextlib.suppress(BlockingIOError):
                 data = self.sock.recv(PIECE)
                 self._feed(data)
@@ -150,7 +150,7 @@ class Connection:
 
     async def until_ready(self, hops: Hops) -> bool:
         """Wait until something has come or, if something is left, more can be sent; False at the deadline."""
-        if self.failure is not None:
+        if self.broken_by is not None:
             return True  # there is nothing to wait for
         return await hops.until_ready(self.sock, events=READ + (WRITE if self.has_unsent else 0))
 

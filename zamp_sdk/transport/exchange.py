@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from .connections import Connection
 from .dialing import OUT_OF_DESCRIPTORS, dial
-from .failures import failure
+from .failures import explain
 from .hops import READ, Hops, is_ready
 from .messages import HELD_BACK, Exchange
 from .pool import Pool, shared_pool
@@ -66,9 +66,9 @@ async def converse(exchange: Exchange) -> Any:
     except OSError as exc:
         if isinstance(exc, ssl.SSLCertVerificationError):
             forget_tls_context()
-        why_not = failure(exc, request, route, may_have_left=conversation is not None and conversation.has_begun)
-        _log(exchange, why_not.message, stopwatch)
-        return why_not
+        failure = explain(exc, request, route, may_have_left=conversation is not None and conversation.has_begun)
+        _log(exchange, failure.message, stopwatch)
+        return failure
     finally:
         may_keep = conversation is not None and conversation.may_keep_connection
         is_at_rest = hops.when_at_rest(functools.partial(pool.leave, connection, may_keep=may_keep))
@@ -157,13 +157,13 @@ class _Conversation:
         reply = self._reader.proceed(
             connection.incoming,
             has_ended=connection.has_ended,
-            is_last=is_last or connection.failure is not None,
+            is_last=is_last or connection.broken_by is not None,
         )
         if reply is not None:
             self._exchange.answer = self._exchange.request.read(reply._replace(secrets=connection.route.secrets))
             self.is_over = True
-        elif connection.failure is not None:
-            raise connection.failure
+        elif connection.broken_by is not None:
+            raise connection.broken_by
         elif is_last:
             raise TimeoutError("timed out")
 

@@ -44,7 +44,7 @@ class TunnelError(PeerError):
         self.status_code = status_code
 
 
-def failure(exc: OSError, request: Request, route: Route | None, *, may_have_left: bool) -> Failure:
+def explain(exc: OSError, request: Request, route: Route | None, *, may_have_left: bool) -> Failure:
     """Say what happened, where, and what to do about it."""
     origin = authority(request.base_url)
     where = origin if route is None or not route.is_through_proxy else f"{origin} through the proxy {route.authority}"
