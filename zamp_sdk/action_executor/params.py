@@ -61,7 +61,7 @@ def start_request(
     """Build the POST that starts an action; a TypeError or a ValueError names what cannot be sent.
 
     Long params take long; ``is_small`` says which are not. ``is_wanted`` is asked on the way, in whatever thread this
-    is; where it says no, a GivenUpError ends the work.
+    is; where it says no, a GivenUpError ends the work, for ``asyncio.run`` waits for its threads before it returns.
     """
     check_type("action_name", action_name, str, "text")
     if not action_name.strip():
