@@ -1,4 +1,4 @@
-"""Who has which connection, and how many there may be, whatever event loops and threads the process has.
+"""How many connections there may be, and which are idle, whatever event loops and threads the process has.
 
 A request that may use a connection has *room*. How much room there is depends on how long replies take: 64 connections
 carry 64 requests in one reply's time, which is plenty where that is 5 ms and far too few where it is 100. Requests wait
