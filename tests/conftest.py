@@ -299,7 +299,6 @@ class PoolState(NamedTuple):
     rooms_taken: int
     rooms: int
     in_line: int
-    leased: int
     idle: int
 
 
@@ -311,7 +310,7 @@ def pool_state() -> PoolState:
 def pool_is_at_rest() -> bool:
     """Whether no request has room, or waits for it."""
     state = pool_state()
-    return state.rooms_taken == state.in_line == state.leased == 0
+    return state.rooms_taken == state.in_line == 0
 
 
 @pytest.fixture

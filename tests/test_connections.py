@@ -175,8 +175,8 @@ def test_flush_sends_what_the_socket_takes(pair: tuple[Connection, socket.socket
     """A full socket keeps nobody: the rest is sent by the next calls, and nothing twice."""
     connection, peer = pair
     data = os.urandom(1_000_000)
-    connection.send(data[:300_000])
-    connection.send(data[300_000:])
+    connection.write(data[:300_000])
+    connection.write(data[300_000:])
     connection.flush()
     assert connection.has_unsent
     assert 0 < connection.bytes_sent < len(data)
@@ -201,7 +201,7 @@ def test_receive_takes_what_has_come(pair: tuple[Connection, socket.socket]) -> 
     peer.close()
     connection.receive()
     assert (bytes(connection.incoming), connection.has_ended) == (b"hello", True)
-    assert connection.failure is None
+    assert connection.broken_by is None
     assert connection.has_leftovers
 
 
@@ -222,14 +222,14 @@ def test_what_came_before_a_failure_counts(pair: tuple[Connection, socket.socket
     connection, peer = pair
     peer.sendall(b"no")
     peer.close()
-    connection.send(b"x")
+    connection.write(b"x")
     connection.flush()
-    assert isinstance(connection.failure, BrokenPipeError)
+    assert isinstance(connection.broken_by, BrokenPipeError)
     assert not connection.has_unsent
     assert connection.bytes_sent == 0
     connection.receive()
     assert connection.incoming == b"no"
-    assert isinstance(connection.failure, BrokenPipeError)
+    assert isinstance(connection.broken_by, BrokenPipeError)
 
 
 def test_a_connections_repr_names_no_credentials() -> None:

@@ -244,7 +244,7 @@ async def test_a_cancellation_that_comes_with_the_result_is_not_lost(
         return Reply(200, "act", "COMPLETED", 42)
 
     handle = await ActionExecutor.start("wait", 0.0)
-    monkeypatch.setattr(executor._Performance, "_send", send)
+    monkeypatch.setattr(executor._Driver, "_send", send)
 
     async def job() -> None:
         await handle.result(timeout=timedelta(seconds=5))
@@ -383,6 +383,7 @@ def noted(text: str) -> list[str]:
 
 
 NOT_STARTED = "cancelled while starting action 'wait': nothing was sent, so it has not started"
+REFUSED = "cancelled while starting action 'wait': it was refused, so it has not started"
 
 
 async def test_cancelled_before_anything_was_sent(platform: LocalPlatform, caplog: pytest.LogCaptureFixture) -> None:
@@ -405,7 +406,7 @@ async def test_cancelled_between_two_tries(platform: LocalPlatform, caplog: pyte
     task.cancel()
     with pytest.raises(asyncio.CancelledError) as caught:
         await asyncio.wait_for(task, 5)
-    assert warnings_and_notes(caplog, caught.value) == ([], noted(NOT_STARTED))
+    assert warnings_and_notes(caplog, caught.value) == ([], noted(REFUSED))
     assert len(platform.requests) == 1
 
 

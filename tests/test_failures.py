@@ -34,7 +34,7 @@ from zamp_sdk.transport import (
     reading,
     sending,
 )
-from zamp_sdk.transport.failures import PeerError, SettingsError, TunnelError, failure
+from zamp_sdk.transport.failures import PeerError, SettingsError, TunnelError, explain
 from zamp_sdk.transport.routes import Route
 
 # --- what a person is told --------------------------------------------------------------------------------------------
@@ -57,7 +57,7 @@ def told(exc: OSError, route: Route | None = STRAIGHT, *, may_have_left: bool = 
         return f"<{text} without {', '.join(secrets)}>"
 
     request = dataclasses.replace(request_to("https://platform.test"), redact=redact)
-    return failure(exc, request, route, may_have_left=may_have_left)
+    return explain(exc, request, route, may_have_left=may_have_left)
 
 
 def test_where_and_how_far_is_told() -> None:

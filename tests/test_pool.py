@@ -231,7 +231,7 @@ def test_room_that_comes_free_while_a_request_joins_the_line_is_its_own(
     """The garbage collector may end forgotten requests at any moment, also between a look for room and the line."""
     few_rooms(1)
     shared = pool.shared_pool()
-    really_make = pool._Turn
+    really_make = pool._Waiter
 
     def make(loop: asyncio.AbstractEventLoop) -> Any:
         shared.leave()
@@ -240,7 +240,7 @@ def test_room_that_comes_free_while_a_request_joins_the_line_is_its_own(
     async def main() -> None:
         await shared.enter()
         with monkeypatch.context() as patch:
-            patch.setattr(pool, "_Turn", make)
+            patch.setattr(pool, "_Waiter", make)
             await asyncio.wait_for(shared.enter(), PROMPT)
         shared.leave()
 

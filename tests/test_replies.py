@@ -49,7 +49,7 @@ def test_a_recorded_reply_means_what_was_noted_beside_it(reply: Any) -> None:
     means = reply["means"]
     read = read_poll(reply["body"])
     if means.startswith("HttpClientError"):
-        assert (read.status, read.problem, read.may_pass) == (None, "quota exceeded", False)
+        assert (read.status, read.problem, read.may_retry) == (None, "quota exceeded", False)
         return
     inner = reply["body"].get("data") or reply["body"]
     assert (read.problem, read.action_id) == (None, "act-1")
@@ -104,7 +104,7 @@ def test_an_unusable_id_of_a_reply_is_none(action_id: Any) -> None:
 def test_a_reply_that_cannot_be_used_says_why_and_may_be_asked_for_again(body: Any, problem: str) -> None:
     """What is no JSON object, or tells no status of the action, is a problem that may pass."""
     read = read_poll(body, etag="x")
-    assert (read.problem, read.may_pass) == (problem, True)
+    assert (read.problem, read.may_retry) == (problem, True)
     assert read.headers == {"etag": "x"}
     assert read.body == (body.decode(errors="replace") if isinstance(body, bytes) else json.dumps(body))
 
@@ -125,7 +125,7 @@ def test_what_can_never_be_read_is_said_plainly(read: Any, result: bytes, proble
     """Valid JSON that Python cannot read is told as what it is, and asking again does not help."""
     reply = read(b'{"id": "act-1", "status": "COMPLETED", "result": ' + result + b"}")
     assert problem in reply.problem
-    assert not reply.may_pass
+    assert not reply.may_retry
 
 
 def test_a_usable_reply_carries_nothing_else() -> None:
@@ -136,12 +136,12 @@ def test_a_usable_reply_carries_nothing_else() -> None:
 
 
 @pytest.mark.parametrize(
-    ("code", "may_pass"), [(100, True), (301, False), (404, False), (408, True), (429, True), (500, True), (599, True)]
+    ("code", "may_retry"), [(100, True), (301, False), (404, False), (408, True), (429, True), (500, True), (599, True)]
 )
-def test_another_status_code_is_a_problem(code: int, may_pass: bool) -> None:
+def test_another_status_code_is_a_problem(code: int, may_retry: bool) -> None:
     """A reply that is no success has a problem, in its own words, whatever else it says."""
     read = read_poll({"id": "act-1", "status": "COMPLETED", "error": "no"}, code)
-    assert (read.status, read.problem, read.may_pass) == (None, "no", may_pass)
+    assert (read.status, read.problem, read.may_retry) == (None, "no", may_retry)
 
 
 @pytest.mark.parametrize("declared", ["ISO-8859-1", '"iso-8859-1"', "latin1; x=y"])

@@ -12,8 +12,9 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Callable, Generic, NoReturn, Optional, Protocol, TypeVar, overload
 
+from .. import transport
 from ..errors import ActionFailedError, ActionTimeoutError, ZampError
-from ..transport import HELD_BACK, Exchange, Failure, Request, in_thread, is_this_machine, send
+from ..transport import HELD_BACK, Exchange, Failure, in_thread, is_this_machine, send
 from . import lifecycle
 from .models import ActionStatus, RetryPolicy, SdkConfig, check_type
 from .notices import Notice, add_note, warn, warn_now_and_then
@@ -69,11 +70,11 @@ class ActionHandle(Generic[T_co]):
         self._id = action_id
         self._config = config
         self._return_type = return_type
-        self._started_at = started_at
-        self._limit = limit
+        self._started_at = started_at  # by time.monotonic
+        self._limit = limit  # seconds that ``result`` waits without a timeout
         self._action_name = action_name
         self._ended = reply if reply is not None and lifecycle.is_over(reply) else None
-        self._told: set[str] = set()
+        self._told: set[str] = set()  # the fates that a warning has told of
 
     def __repr__(self) -> str:
         return f"<ActionHandle {self._id!r} at {self._config.base_url}>"
@@ -92,7 +93,7 @@ class ActionHandle(Generic[T_co]):
         Raises:
             HttpClientError: The platform cannot be asked, or gives a status that this version does not know.
         """
-        reply = await _Performance(self._config).run(lifecycle.look(self._id))
+        reply = await _Driver(self._config).run(lifecycle.look(self._id))
         return ActionStatus(reply.status)
 
     async def result(self, timeout: Optional[timedelta] = None) -> T_co:
@@ -129,19 +130,19 @@ class ActionHandle(Generic[T_co]):
             warn(notice)
 
     async def _wait(self, timeout: Optional[timedelta], observe: Optional[Observer] = None) -> T_co:
-        _check_timeout(timeout)
+        """Wait as ``result`` does, but say nothing of what has become of the action where the wait ends early."""
         if self._ended is None:
-            performance = _Performance(self._config, observe)
+            driver = _Driver(self._config, observe)
             steps = lifecycle.follow(
                 self._id,
                 clock=time.monotonic,
-                asking_clock=performance.asking_clock,
+                asking_clock=driver.asking_clock,
                 jitter=_jitter,
                 started_at=self._started_at,
                 limit=self._limit if timeout is None else timeout.total_seconds(),
                 grace=math.inf if timeout is None else GRACE,
             )
-            self._ended = await performance.run(steps)
+            self._ended = await driver.run(steps)
         value = lifecycle.outcome(self._id, self._ended, self._action_name)
         validate = getattr(self._return_type, "model_validate", None)
         if validate is not None:
@@ -337,17 +338,17 @@ async def _start(
     )
     import json  # noqa: F401  # here and not in the thread: a child that is forked meanwhile could not
 
-    performance = _Performance(config)
+    driver = _Driver(config)
     try:
         request = prepare() if is_small(params) else await in_thread(prepare)
         limit = lifecycle.wait_limit(retry_policy, start_to_close_timeout)  # what can fail does so before the start
-        steps = lifecycle.start(request, asking_clock=performance.asking_clock, jitter=_jitter)
-        reply = await performance.run(steps)
+        steps = lifecycle.start(request, asking_clock=driver.asking_clock, jitter=_jitter)
+        reply = await driver.run(steps)
     except ZampError:  # which says it itself
         raise
     except BaseException as exc:  # a cancellation, Ctrl-C, what cannot be sent, or a fault of ours
         is_wanted = False
-        _tell_of_start(exc, action_name, config, performance.exchange)
+        _tell_of_start(exc, action_name, config, driver.exchange)
         raise
     return ActionHandle(
         str(reply.action_id),
@@ -361,7 +362,7 @@ async def _start(
 
 
 def _tell_of_start(exc: BaseException, action_name: str, config: SdkConfig, exchange: Exchange | None) -> None:
-    """Say whether an action whose start was interrupted exists; ``exchange`` is the one whose fate is open."""
+    """Say whether an action whose start was interrupted exists; ``exchange`` is the last one, if there was any."""
     what = "cancelled" if isinstance(exc, INTERRUPTED) else "failed"
     name = f"action {one_line(str(action_name))!r}"
     answer = None if exchange is None else exchange.answer
@@ -411,19 +412,22 @@ def _warn_of_plain_http(base_url: str) -> None:
         logger.warning("%s is plain http: the token and the data can be read on the way; use https", base_url)
 
 
-class _Performance:
-    """Performs the lifecycle's steps; ``exchange`` is the one whose fate is open, for whoever is interrupted."""
+class _Driver:
+    """Performs the lifecycle's steps; ``exchange`` is the last one, for whoever is interrupted.
+
+    The last one is enough: a start is sent again only if no action can have come of what was sent before.
+    """
 
     def __init__(self, config: SdkConfig, observe: Observer | None = None) -> None:
         self._config = config
         self._observe = observe
         self._pace = pace_of(config.base_url, config.auth_token)
-        self._in_line = 0.0  # seconds
+        self._waited_for_turns = 0.0  # seconds
         self.exchange: Exchange | None = None
 
     def asking_clock(self) -> float:
         """Return monotonic seconds, without those in which requests waited their turn."""
-        return time.monotonic() - self._in_line
+        return time.monotonic() - self._waited_for_turns
 
     async def run(self, steps: lifecycle.Steps) -> Reply:
         """Perform the steps, and return what they return or raise what they raise."""
@@ -437,7 +441,7 @@ class _Performance:
             if self._observe is not None:
                 self._observe(step)
             if isinstance(step, lifecycle.Send):
-                answer = await (self._send(step) if step.patience == math.inf else self._within(step))
+                answer = await (self._send(step) if step.patience == math.inf else self._send_in_time(step))
             else:
                 answer = None
                 if step.warning:
@@ -447,8 +451,11 @@ class _Performance:
                     warn_now_and_then(self._config.base_url, text)
                 await asyncio.sleep(step.seconds)
 
-    async def _within(self, step: lifecycle.Send) -> lifecycle.Answer:
-        """Send a request; keep the caller's time even where others have every connection, or the turn."""
+    async def _send_in_time(self, step: lifecycle.Send) -> lifecycle.Answer:
+        """Send a request, and give up at the end of the step's patience, whatever the request waits for.
+
+        The request's own timeout begins only when it has had its turn, and room.
+        """
         task = asyncio.ensure_future(self._send(step))
         try:  # not wait_for, which can swallow a cancellation
             await asyncio.wait({task}, timeout=step.patience)
@@ -459,20 +466,16 @@ class _Performance:
         return Failure("no answer came in the time given", may_have_left=True, may_retry=True)
 
     async def _send(self, step: lifecycle.Send) -> lifecycle.Answer:
-        # Here and not in the thread that reads the reply: a child that is forked meanwhile could not.
-        import base64  # noqa: F401
-        import calendar  # noqa: F401
-        import email.utils  # noqa: F401
-        import json  # noqa: F401
+        """Send a request when it is its turn, and let the pace learn from the reply."""
+        import json  # noqa: F401  # here and not in the thread that reads: a child that is forked meanwhile could not
 
-        request = _on_the_wire(step, self._config)
+        request = _transport_request(step, self._config)
         answer: Any = HELD_BACK
-        while answer is HELD_BACK:  # for the platform has refused others while this one waited for a connection
+        while answer is HELD_BACK:  # for the platform has refused others while this one waited for room
             await self._wait_for_turn()
-            may_send = functools.partial(self._is_unchanged_since, time.monotonic())
+            may_send = functools.partial(_has_refused_nothing_since, self._pace, time.monotonic())
             exchange = self.exchange = Exchange(request, step.timeout, may_send)
             answer = await send(exchange)
-        self.exchange = None
         if isinstance(answer, Reply):
             has_changed = self._pace.learn(
                 exchange.sent_at,
@@ -484,10 +487,6 @@ class _Performance:
                 _tell_of_pace(self._pace, self._config.base_url, answer.retry_after)
         reply: lifecycle.Answer = answer
         return reply
-
-    def _is_unchanged_since(self, let_go_at: float) -> bool:
-        """Whether the platform has refused nothing since a request was let go."""
-        return self._pace.cut_at <= let_go_at
 
     async def _wait_for_turn(self) -> None:
         """Wait in the line that there is while a platform limits how fast it is asked; it holds nothing meanwhile."""
@@ -508,9 +507,13 @@ class _Performance:
                     await asyncio.sleep(seconds)
                 finally:
                     if seconds <= NAP_MAX:  # longer ones are no place in a line: the platform has told all to wait
-                        self._in_line += time.monotonic() - began
+                        self._waited_for_turns += time.monotonic() - began
         finally:
             self._pace.leave(ticket)
+
+
+def _has_refused_nothing_since(pace: Pace, let_go_at: float) -> bool:
+    return pace.cut_at <= let_go_at
 
 
 def _tell_of_pace(pace: Pace, base_url: str, retry_after: float | None) -> None:
@@ -527,21 +530,21 @@ def _tell_of_pace(pace: Pace, base_url: str, retry_after: float | None) -> None:
         logger.warning("%s no longer limits how fast it is asked", base_url)
 
 
-def _on_the_wire(step: lifecycle.Send, config: SdkConfig) -> Request:
+def _transport_request(step: lifecycle.Send, config: SdkConfig) -> transport.Request:
     """Add what every request has: the platform, the token, who asks, and how its reply is read, in a thread."""
-    return Request(
-        step.request.method,
-        config.base_url,
-        step.request.path,
-        {
+    return transport.Request(
+        method=step.request.method,
+        base_url=config.base_url,
+        path=step.request.path,
+        headers={
             **step.request.headers,
             "Authorization": f"Bearer {config.auth_token}",
             "Accept": "application/json",
             "User-Agent": _user_agent(),
         },
-        step.request.body,
-        lambda raw: step.read(raw, Redactor(config.auth_token, raw.secrets), time.time()),
-        lambda text, secrets: one_line(Redactor(config.auth_token, secrets).text(text)),
+        body=step.request.body,
+        read=lambda raw: step.read(raw, Redactor(config.auth_token, raw.secrets), time.time()),
+        redact=lambda text, secrets: one_line(Redactor(config.auth_token, secrets).text(text)),
     )
 
 

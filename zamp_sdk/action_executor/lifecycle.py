@@ -155,7 +155,7 @@ def follow(
             if failures == 0:
                 failing_since = began_asking  # not the last good reply's time: a process may freeze
             left = failing_since + POLL_FAILURE_WINDOW - asking_clock()
-            if left <= 0 or not _may_pass(answer, is_new=is_new):
+            if left <= 0 or not _may_retry(answer, is_new=is_new):
                 raise error
             failures += 1
             wait = min(_wait_after(answer, failures, jitter()), left)
@@ -267,11 +267,11 @@ def _wait_after(answer: Answer, failures: int, jitter: float) -> float:
     return backoff(failures, jitter)
 
 
-def _may_pass(answer: Answer, *, is_new: bool) -> bool:
+def _may_retry(answer: Answer, *, is_new: bool) -> bool:
     """Whether asking again may help; a platform may not know at once what is new."""
     if isinstance(answer, Failure):
         return answer.may_retry
-    return answer.may_pass or (is_new and answer.status_code == 404)
+    return answer.may_retry or (is_new and answer.status_code == 404)
 
 
 def _http_error(

@@ -72,19 +72,8 @@ def warn(notice: Notice) -> None:
     _log(str(notice))
 
 
-_warned_at: dict[str, float] = {}  # by subject: two for each platform
-
-
-def warn_now_and_then(subject: str, text: str) -> None:
-    """Log what many actions meet at the same time."""
-    now = time.monotonic()
-    is_due = now - _warned_at.get(subject, -NOW_AND_THEN) >= NOW_AND_THEN
-    if is_due:
-        _warned_at[subject] = now
-    logger.log(logging.WARNING if is_due else logging.DEBUG, "%s", text)
-
-
 def _warn_of_others() -> None:
+    """Log the others of one moment together: one line for each fate."""
     if _moment.loop is None:
         return
     _moment.loop, others = None, _moment.others
@@ -100,3 +89,15 @@ def _log(text: str) -> None:
     # A handler that raises must not take the place of what is being raised, and is not this package's to mend.
     with contextlib.suppress(Exception):
         logger.warning("%s", text)
+
+
+_warned_at: dict[str, float] = {}  # by subject: two for each platform
+
+
+def warn_now_and_then(subject: str, text: str) -> None:
+    """Log what many actions meet at the same time: as a warning if the last one of this subject is a minute old."""
+    now = time.monotonic()
+    is_due = now - _warned_at.get(subject, -NOW_AND_THEN) >= NOW_AND_THEN
+    if is_due:
+        _warned_at[subject] = now
+    logger.log(logging.WARNING if is_due else logging.DEBUG, "%s", text)

@@ -61,7 +61,7 @@ def start_request(
     """Build the POST that starts an action; a TypeError or a ValueError names what cannot be sent.
 
     Long params take long; ``is_small`` says which are not. ``is_wanted`` is asked on the way, in whatever thread this
-    is; where it says no, a GivenUpError ends the work.
+    is; where it says no, a GivenUpError ends the work, for ``asyncio.run`` waits for its threads before it returns.
     """
     check_type("action_name", action_name, str, "text")
     if not action_name.strip():
@@ -121,7 +121,7 @@ def _encoded(body: dict[str, Any], is_wanted: Callable[[], bool]) -> bytes:
         encoded = _encode(body, replacements)
         if not _has_other_keys([body["params"], *replacements.composites()]):
             return encoded
-    except (TypeError, ValueError, RecursionError) as exc:
+    except (TypeError, ValueError, RecursionError) as exc:  # where, the second look says
         if exc is replacements.raised:
             raise
     try:
@@ -274,6 +274,16 @@ def _exact_timedelta(value: timedelta) -> timedelta:
     return exact
 
 
+def iso8601_duration(value: timedelta) -> str:
+    """Write a duration in ISO 8601, exactly: ``PT30S``, ``P1DT1H1M2.5S``, ``-PT5S``, ``PT0S``."""
+    sign, value = ("-", -value) if value < timedelta(0) else ("", value)
+    minutes, seconds = divmod(value.seconds, 60)
+    hours, minutes = divmod(minutes, 60)
+    fraction = f".{value.microseconds:06}".rstrip("0.")
+    whole = f"{sign}P{value.days}DT{hours}H{minutes}M{seconds}{fraction}S"
+    return re.sub(r"(?<=[PTDHM])0[DHMS]", "", whole).rstrip("T") if value else "PT0S"
+
+
 def _decimal(value: Any) -> str:
     from decimal import Decimal
 
@@ -386,13 +396,3 @@ def _advice(value: Any) -> str:
     if isinstance(value, Coroutine):
         return ": await it first"
     return ""
-
-
-def iso8601_duration(value: timedelta) -> str:
-    """Write a duration in ISO 8601, exactly: ``PT30S``, ``P1DT1H1M2.5S``, ``-PT5S``, ``PT0S``."""
-    sign, value = ("-", -value) if value < timedelta(0) else ("", value)
-    minutes, seconds = divmod(value.seconds, 60)
-    hours, minutes = divmod(minutes, 60)
-    fraction = f".{value.microseconds:06}".rstrip("0.")
-    whole = f"{sign}P{value.days}DT{hours}H{minutes}M{seconds}{fraction}S"
-    return re.sub(r"(?<=[PTDHM])0[DHMS]", "", whole).rstrip("T") if value else "PT0S"

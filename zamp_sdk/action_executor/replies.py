@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import re
+from datetime import datetime, timezone
 from typing import Any, Mapping, NamedTuple
 
 from .. import transport
@@ -38,8 +39,8 @@ class Reply(NamedTuple):
     """Seconds that the platform asks to wait."""
     problem: str | None = None
     """Why it cannot be used."""
-    may_pass: bool = True
-    """Whether asking again may help against the problem."""
+    may_retry: bool = True
+    """Whether asking again may help against the problem; for a start, ``lifecycle`` has stricter rules."""
     headers: Mapping[str, str] = {}
     """Of a reply that cannot be used; their names are in lower case."""
     body: str = ""
@@ -72,7 +73,7 @@ def read_poll(action_id: str, raw: transport.Reply, redact: Redactor, now: float
     if reply.status:
         return reply
     if fields["error"]:
-        return _unusable(reply, raw, redact, _words(redact, fields["error"]), may_pass=False)
+        return _unusable(reply, raw, redact, _words(redact, fields["error"]), may_retry=False)
     return _unusable(reply, raw, redact, "the reply has no status")
 
 
@@ -130,12 +131,13 @@ def retry_after(headers: Mapping[str, str], now: float) -> float | None:
 
 def _seconds_since_1970(date: str) -> float | None:
     """Read a date in one of HTTP's three formats (RFC 9110, 5.6.7); only asctime's has no time zone, which is GMT."""
-    from calendar import timegm
     from email.utils import parsedate_tz
 
     try:
         parts = parsedate_tz(date)
-        return None if parts is None else timegm(parts[:9]) - (parts[9] or 0.0)
+        if parts is None:
+            return None
+        return datetime(*parts[:6], tzinfo=timezone.utc).timestamp() - (parts[9] or 0)
     except (TypeError, ValueError, IndexError, OverflowError):  # it may be anything
         return None
 
@@ -152,14 +154,14 @@ def _read(raw: transport.Reply, redact: Redactor, now: float) -> tuple[Reply, di
     code = raw.status_code
     reply = Reply(code, size=len(raw.body), retry_after=retry_after(raw.headers, now))
     if not 200 <= code < 300:
-        may_pass = code < 200 or code >= 500 or code in (408, 425, 429)
-        return _unusable(reply, raw, redact, _refusal(raw, redact), may_pass=may_pass), {}
+        may_retry = code < 200 or code >= 500 or code in (408, 425, 429)
+        return _unusable(reply, raw, redact, _refusal(raw, redact), may_retry=may_retry), {}
     try:
         fields = _fields(_load(raw))
     except ValueError as exc:
         excerpt = one_line(redact.text(_text(raw))) or "(empty)"
-        may_pass = not isinstance(exc, _UnreadableError)
-        return _unusable(reply, raw, redact, f"the reply {exc}: {excerpt}", may_pass=may_pass), {}
+        may_retry = not isinstance(exc, _UnreadableError)
+        return _unusable(reply, raw, redact, f"the reply {exc}: {excerpt}", may_retry=may_retry), {}
     reply = reply._replace(
         action_id=fields["id"] if is_action_id(fields["id"]) else None,
         status=fields["status"] if isinstance(fields["status"], str) else None,
@@ -172,10 +174,10 @@ def _read(raw: transport.Reply, redact: Redactor, now: float) -> tuple[Reply, di
     return reply, fields
 
 
-def _unusable(reply: Reply, raw: transport.Reply, redact: Redactor, problem: str, *, may_pass: bool = True) -> Reply:
+def _unusable(reply: Reply, raw: transport.Reply, redact: Redactor, problem: str, *, may_retry: bool = True) -> Reply:
     """Add why a reply cannot be used, and what an error shows of it."""
     return reply._replace(
-        problem=problem, may_pass=may_pass, headers=redact.json(dict(raw.headers)), body=redact.text(_text(raw))
+        problem=problem, may_retry=may_retry, headers=redact.json(dict(raw.headers)), body=redact.text(_text(raw))
     )
 
 

@@ -7,7 +7,7 @@ the rest:
 ========================  ==============================================================================================
 ``messages``              what goes in and what comes out
 ``exchange``              the story of one request, from the line to its reply
-``pool``                  who has which connection, and how many there may be; the line in which requests wait for room
+``pool``                  how many connections there may be, and the idle ones; the line in which requests wait for room
 ``routes``                straight, or by which proxy; CONNECT
 ``dialing``               from a host's name to a connected socket
 ``tls``                   whom to trust

@@ -1,8 +1,8 @@
 """One connection to a platform or a proxy: TLS, and sending and receiving without ever blocking.
 
-A ``Connection`` is a non-blocking socket with bytes before and behind it. ``send`` puts bytes into ``outgoing``;
-``flush`` hands the socket as many of them as it takes, and ``receive`` moves what has come to ``incoming``. Neither
-waits: who wants more waits for the socket (``until_ready``) and calls again.
+A ``Connection`` is a non-blocking socket with bytes before and behind it. ``write`` queues bytes; ``flush`` hands the
+socket as many of them as it takes, and ``receive`` moves what has come to ``incoming``. None of them waits: who wants
+more waits for the socket (``until_ready``) and calls again.
 
 TLS is an ``ssl.SSLObject`` between two memory buffers, so that it does no I/O of its own. All that has come is
 decrypted at once: what OpenSSL held back would be invisible to a wait for the socket.
@@ -45,11 +45,11 @@ class Connection:
         self.incoming: bytearray = bytearray()
         """What has come and was not read yet."""
         self.bytes_sent: int = 0
-        """What the socket has taken; who begins a request sets it to 0, for a handshake sends some, too."""
+        """How many the socket has taken since the connection was made, those of the handshakes included."""
         self.has_ended: bool = False
         """Whether the peer sends no more."""
-        self.failure: OSError | None = None
-        """What broke it; what came before still counts."""
+        self.broken_by: OSError | None = None
+        """The error that broke it; what came before still counts."""
         self.requests: int = 0
         """How many requests it has served; kept by the pool, as the next one."""
         self.idle_since: float | None = None
@@ -64,8 +64,8 @@ class Connection:
         state = "leased" if self.idle_since is None else "idle"
         return f"<Connection to {self.route.authority}, {state}, {self.requests} requests served>"
 
-    def send(self, data: bytes) -> None:
-        """Have these bytes sent by the next calls of ``flush``."""
+    def write(self, data: bytes) -> None:
+        """Queue bytes, which the next calls of ``flush`` send."""
         if self._tls is None:
             self._outgoing += data
         else:
@@ -77,7 +77,7 @@ class Connection:
         return bool(self._outgoing or self._plaintext)
 
     def flush(self) -> None:
-        """Send as much as the socket takes now; a failure is kept, for the peer may have said why."""
+        """Send as much as the socket takes now; an error is kept, for the peer may have said why."""
         try:
             while self.has_unsent:
                 if not self._outgoing:
@@ -90,10 +90,10 @@ class Connection:
         except OSError as exc:
             self._outgoing.clear()
             self._plaintext.clear()
-            self.failure = exc
+            self.broken_by = exc
 
     def receive(self) -> None:
-        """Take what has come; a failure is kept, for what came before it still counts."""
+        """Take what has come; an error is kept, for what came before it still counts."""
         try:
             for _ in range(PIECES):
                 data = self.sock.recv(PIECE)
@@ -103,14 +103,14 @@ class Connection:
         except BlockingIOError:
             pass
         except ssl.SSLError as exc:  # the peer's alert says why it has broken
-            self.failure = exc
+            self.broken_by = exc
         except OSError as exc:
-            self.failure = self.failure or exc
+            self.broken_by = self.broken_by or exc
 
     @property
     def has_leftovers(self) -> bool:
-        """Whether the last request has left something behind: a byte either way, an end, or a failure."""
-        return bool(self.incoming or self._record or self.has_unsent or self.has_ended or self.failure)
+        """Whether the last request has left something behind: a byte either way, an end, or an error."""
+        return bool(self.incoming or self._record or self.has_unsent or self.has_ended or self.broken_by)
 
     def is_quiet(self) -> bool:
         """Whether nothing is left over of the last request, and nothing has come since: not even an end."""
@@ -141,8 +141,8 @@ class Connection:
             if not await self.until_ready(hops):
                 raise TimeoutError("timed out")
             self.flush()
-            if self.failure is not None:
-                raise self.failure
+            if self.broken_by is not None:
+                raise self.broken_by
             with contextlib.suppress(BlockingIOError):
                 data = self.sock.recv(PIECE)
                 self._feed(data)
@@ -150,7 +150,7 @@ class Connection:
 
     async def until_ready(self, hops: Hops) -> bool:
         """Wait until something has come or, if something is left, more can be sent; False at the deadline."""
-        if self.failure is not None:
+        if self.broken_by is not None:
             return True  # there is nothing to wait for
         return await hops.until_ready(self.sock, events=READ + (WRITE if self.has_unsent else 0))
 

@@ -41,11 +41,11 @@ async def dial(host: str, port: int, hops: Hops, meanwhile: Callable[[], object]
         host: A name, or an IP address.
         port: Its port.
         hops: The deadline, and the ways to wait.
-        meanwhile: Called once the first address is being connected to: what has to be done anyway, and takes time.
+        meanwhile: Called whenever an address is being connected to: what has to be done once anyway, and takes time.
     """
     lookup = functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
     addresses = deque(_address(host, port) or _interleaved(await hops.look_up(lookup)))
-    failure: OSError = OSError("no address found")
+    last_error: OSError = OSError("no address found")
     give_up_at = time.monotonic() + CONNECT_TIMEOUT
     trying: list[socket.socket] = []
     try:
@@ -56,7 +56,7 @@ async def dial(host: str, port: int, hops: Hops, meanwhile: Callable[[], object]
                 except OSError as exc:
                     if exc.errno in OUT_OF_DESCRIPTORS and not trying:
                         raise
-                    failure = exc
+                    last_error = exc
                     continue
                 meanwhile()
             seconds = give_up_at - time.monotonic()
@@ -72,8 +72,8 @@ async def dial(host: str, port: int, hops: Hops, meanwhile: Callable[[], object]
                 if not error:
                     return sock
                 sock.close()
-                failure = OSError(error, os.strerror(error))
-        raise failure
+                last_error = OSError(error, os.strerror(error))
+        raise last_error
     finally:
         for sock in trying:
             sock.close()

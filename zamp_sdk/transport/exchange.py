@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from .connections import Connection
 from .dialing import OUT_OF_DESCRIPTORS, dial
-from .failures import failure
+from .failures import explain
 from .hops import READ, Hops, is_ready
 from .messages import HELD_BACK, Exchange
 from .pool import Pool, shared_pool
@@ -66,9 +66,9 @@ async def converse(exchange: Exchange) -> Any:
     except OSError as exc:
         if isinstance(exc, ssl.SSLCertVerificationError):
             forget_tls_context()
-        why_not = failure(exc, request, route, may_have_left=conversation is not None and conversation.has_begun)
-        _log(exchange, why_not.message, stopwatch)
-        return why_not
+        failure = explain(exc, request, route, may_have_left=conversation is not None and conversation.has_begun)
+        _log(exchange, failure.message, stopwatch)
+        return failure
     finally:
         may_keep = conversation is not None and conversation.may_keep_connection
         is_at_rest = hops.when_at_rest(functools.partial(pool.leave, connection, may_keep=may_keep))
@@ -80,9 +80,9 @@ async def _connect(route: Route, pool: Pool, hops: Hops, stopwatch: _Stopwatch) 
     """Make a connection to the platform that is ready for a request; raises OSError."""
 
     def meanwhile() -> None:
-        """Do once, in the first request's time of waiting for the network, what takes 30 ms and more.
+        """Do what the first request needs, and takes 30 ms and more, while the network is waited for anyway.
 
-        Not in a thread, whose locks a child forked at that moment would wait for.
+        Not in a thread, whose locks a child forked at that moment would wait for. Later it is done already.
         """
         from . import sending  # noqa: F401  # for the hop that sends
 
@@ -97,7 +97,6 @@ async def _connect(route: Route, pool: Pool, hops: Hops, stopwatch: _Stopwatch) 
             raise
         sock = await reach()
     connection = Connection(sock, route)
-    pool.add(connection)
     stopwatch.lap("looking up and connecting")
     try:
         if route.tunnel_to:
@@ -106,7 +105,7 @@ async def _connect(route: Route, pool: Pool, hops: Hops, stopwatch: _Stopwatch) 
             await connection.start_tls(tls_context(), hops)
             stopwatch.lap("for TLS")
     except BaseException:
-        hops.when_at_rest(functools.partial(pool.discard, connection))
+        hops.when_at_rest(connection.close)  # the room stays the request's
         raise
     return connection
 
@@ -121,7 +120,7 @@ class _Conversation:
         self._connection = connection
         self._hops = hops
         self._reader = ReplyReader(exchange.request.method)
-        connection.bytes_sent = 0  # what leaves from now on is the request
+        self._sent_before = connection.bytes_sent
 
     def begin(self) -> None:
         """Send the request as far as the socket takes it, and read the reply if that comes at once."""
@@ -158,13 +157,13 @@ class _Conversation:
         reply = self._reader.proceed(
             connection.incoming,
             has_ended=connection.has_ended,
-            is_last=is_last or connection.failure is not None,
+            is_last=is_last or connection.broken_by is not None,
         )
         if reply is not None:
             self._exchange.answer = self._exchange.request.read(reply._replace(secrets=connection.route.secrets))
             self.is_over = True
-        elif connection.failure is not None:
-            raise connection.failure
+        elif connection.broken_by is not None:
+            raise connection.broken_by
         elif is_last:
             raise TimeoutError("timed out")
 
@@ -177,7 +176,7 @@ class _Conversation:
     @property
     def has_begun(self) -> bool:
         """Whether a byte of the request has left."""
-        return self._connection.bytes_sent > 0
+        return self._connection.bytes_sent > self._sent_before
 
     @property
     def status_code(self) -> int:

@@ -39,12 +39,12 @@ class TunnelError(PeerError):
         from http.client import responses
 
         reason = f"{status_code} {responses.get(status_code, '')}".rstrip()
-        may_pass = status_code >= 500 or status_code in (408, 425, 429)
-        super().__init__(f"Tunnel connection failed: {reason}", may_retry=may_pass)
+        may_retry = status_code >= 500 or status_code in (408, 425, 429)
+        super().__init__(f"Tunnel connection failed: {reason}", may_retry=may_retry)
         self.status_code = status_code
 
 
-def failure(exc: OSError, request: Request, route: Route | None, *, may_have_left: bool) -> Failure:
+def explain(exc: OSError, request: Request, route: Route | None, *, may_have_left: bool) -> Failure:
     """Say what happened, where, and what to do about it."""
     origin = authority(request.base_url)
     where = origin if route is None or not route.is_through_proxy else f"{origin} through the proxy {route.authority}"
@@ -52,37 +52,36 @@ def failure(exc: OSError, request: Request, route: Route | None, *, may_have_lef
     if isinstance(exc, PeerError):  # or else it is in the system's words, and the system may be out of everything
         what = request.redact(what, route.secrets if route is not None else ())
     what = what or type(exc).__name__
-    advice, may_retry = _advice(exc, route, origin)
     doing = "no reply from" if may_have_left else "cannot connect to"
     exc.__context__ = exc.__traceback__ = None  # frames hold the token
     return Failure(
-        f"{doing} {where}: {what}{advice}",
+        f"{doing} {where}: {what}{_advice(exc, route, origin)}",
         may_have_left,
-        may_retry,
+        _may_retry(exc),
         cause=None if isinstance(exc, PeerError) else exc,  # a PeerError's text may quote the token
     )
 
 
-def _advice(  # noqa: PLR0911  # one return for each kind of trouble
-    exc: OSError, route: Route | None, origin: str
-) -> tuple[str, bool]:
-    """Say what a person should do about it, and whether trying again may help."""
-    if isinstance(exc, ssl.SSLCertVerificationError):
-        return _certificate_advice(exc, origin), False
-    if isinstance(exc, ssl.SSLError) and exc.reason in WANTS_CLIENT_CERTIFICATE:
-        return "; it wants a certificate of its clients, which this package cannot give", False
-    if isinstance(exc, ssl.SSLError) and exc.reason in NO_COMMON_TLS:
-        return "; does it speak TLS 1.2 or later there, and without a certificate of its clients?", False
-    if isinstance(exc, TunnelError):
-        return _tunnel_advice(exc, origin), exc.may_retry
+def _may_retry(exc: OSError) -> bool:
+    """Whether the same request may fare better later."""
     if isinstance(exc, PeerError):
-        return "", exc.may_retry
-    if isinstance(exc, SettingsError):
-        return "", False
+        return exc.may_retry
+    if isinstance(exc, ssl.SSLError):
+        is_untrusted = isinstance(exc, ssl.SSLCertVerificationError)
+        return not (is_untrusted or exc.reason in WANTS_CLIENT_CERTIFICATE | NO_COMMON_TLS)
+    return not isinstance(exc, SettingsError)
+
+
+def _advice(exc: OSError, route: Route | None, host: str) -> str:
+    """Say what a person should do about it, where that is known."""
+    if isinstance(exc, ssl.SSLError):
+        return _tls_advice(exc, host)
+    if isinstance(exc, TunnelError):
+        return _tunnel_advice(exc, host)
     if isinstance(exc, ConnectionRefusedError):
         what = "the proxy" if route is not None and route.is_through_proxy else "the platform"
-        return f"; nothing listens there: check the address of {what}, or whether it is up", True
-    return "", True
+        return f"; nothing listens there: check the address of {what}, or whether it is up"
+    return ""
 
 
 def _tunnel_advice(exc: TunnelError, host: str) -> str:
@@ -122,6 +121,16 @@ NO_COMMON_TLS = frozenset(
 NOT_YET_VALID_OR_EXPIRED = (9, 10)
 UNKNOWN_AUTHORITY = (2, 18, 19, 20, 21)
 WRONG_HOST = (62, 64)
+
+
+def _tls_advice(exc: ssl.SSLError, host: str) -> str:
+    if isinstance(exc, ssl.SSLCertVerificationError):
+        return _certificate_advice(exc, host)
+    if exc.reason in WANTS_CLIENT_CERTIFICATE:
+        return "; it wants a certificate of its clients, which this package cannot give"
+    if exc.reason in NO_COMMON_TLS:
+        return "; does it speak TLS 1.2 or later there, and without a certificate of its clients?"
+    return ""
 
 
 def _certificate_advice(exc: ssl.SSLCertVerificationError, host: str) -> str:

@@ -181,13 +181,14 @@ class _Hop(Generic[T]):
         self.outcome: Future[T] = Future()
         """What became of it: a result, an exception, or cancelled if it was given up."""
         self.is_alone = True
-        """Whether no other hop waits for its thread."""
+        """Whether it crosses without others, which would wait for its thread."""
         self._function = function
         self._context = contextvars.copy_context()
         self._claim = threading.Lock()  # taken once, and never given back
 
     @property
     def is_claimed(self) -> bool:
+        """Whether it has begun, or never will."""
         return self._claim.locked()
 
     def work(self) -> None:
@@ -234,7 +235,7 @@ class _Ferry:
 
     def __init__(self) -> None:
         self._aboard: list[_Hop[Any]] = []
-        self._will_depart = False
+        self._will_depart = False  # when the loop comes to it, or several that are on their way are back or late
 
     def board(self, hop: _Hop[Any]) -> None:
         self._aboard.append(hop)
@@ -252,11 +253,11 @@ class _Ferry:
             _cross(hops)
 
     def _return(self, hops: list[_Hop[Any]], _: object) -> None:
-        """All are back; or one takes long, and those before it land now, and those behind it cross again."""
+        """Land those that are done; if one takes long, have those behind it cross again, in another thread."""
         for hop in hops:
             if hop.outcome.done():
                 hop.land()
-        if any(hop.is_claimed for hop in hops):  # or else there is no thread, and another crossing would be none
+        if any(hop.is_claimed for hop in hops):  # or else they wait for a thread, as another crossing would
             self._aboard += [hop for hop in hops if not hop.is_claimed]
         self._depart()
 

@@ -1,4 +1,7 @@
-"""What goes into the transport and what comes out of it: a request, and its reply or the reason why there is none."""
+"""What goes into the transport and what comes out of it: a request, and its reply or the reason why there is none.
+
+And what a base URL says, for whoever has to know. A base URL is normalised: ``https://host/prefix``.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +41,7 @@ class Request:
 
     method: str
     base_url: str
-    """The platform's, normalised: ``https://host/prefix``."""
+    """The platform's."""
     path: str
     """What follows the base URL; it begins with a slash."""
     headers: Mapping[str, str] = field(repr=False)
@@ -71,10 +74,10 @@ class Exchange:
 
 
 def authority(base_url: str) -> str:
-    """Return the host of a normalised base URL, and the port if it has one (RFC 3986, 3.2)."""
+    """Return the host of a base URL, and the port if it has one (RFC 3986, 3.2)."""
     return base_url.split("/")[2]
 
 
 def is_this_machine(base_url: str) -> bool:
-    """Whether a normalised base URL leads to this machine itself: ``localhost``, 127.0.0.0/8 or ``[::1]``."""
+    """Whether a base URL leads to this machine itself: ``localhost``, 127.0.0.0/8 or ``[::1]``."""
     return bool(re.fullmatch(r"(127(\.\d+){3}|localhost|\[::1\])(:\d+)?", authority(base_url)))

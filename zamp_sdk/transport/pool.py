@@ -1,4 +1,4 @@
-"""Who has which connection, and how many there may be, whatever event loops and threads the process has.
+"""How many connections there may be, and which are idle, whatever event loops and threads the process has.
 
 A request that may use a connection has *room*. How much room there is depends on how long replies take: 64 connections
 carry 64 requests in one reply's time, which is plenty where that is 5 ms and far too few where it is 100. Requests wait
@@ -57,23 +57,22 @@ cannot be sent again; and while a process (a Lambda) is frozen its peers may clo
 
 
 class Pool:
-    """The connections of the process, each idle or leased to a request."""
+    """The room that there is for connections, the line of who waits for it, and the idle connections."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._line: deque[_Turn] = deque()
+        self._line: deque[_Waiter] = deque()
         self._rooms = FEWEST_ROOMS
         self._rooms_taken = 0
         self._most_rooms = _most_rooms()
         self._reply_times: deque[float] = deque(maxlen=REPLIES)
-        self._leased: set[Connection] = set()
         self._idle: list[Connection] = []  # the longest idle first
         self._sweeping_loop: weakref.ref[asyncio.AbstractEventLoop] | None = None
 
     def __repr__(self) -> str:
         return (
             f"<Pool: {self._rooms_taken} of {self._rooms} rooms taken, {len(self._line)} requests in the line, "
-            f"{len(self._leased)} connections leased, {len(self._idle)} idle>"
+            f"{len(self._idle)} connections idle>"
         )
 
     async def enter(self) -> None:
@@ -82,18 +81,18 @@ class Pool:
             if self._rooms_taken < self._rooms:
                 self._rooms_taken += 1
                 return
-        turn = _Turn(asyncio.get_running_loop())
+        waiter = _Waiter(asyncio.get_running_loop())
         with self._lock:
-            self._line.append(turn)
+            self._line.append(waiter)
             self._admit()  # room may have come free in between, when there was nobody to give it to
         try:
-            await turn.called
+            await waiter.called
         except BaseException:
             with self._lock:
-                if turn.has_room:  # it was given at the same moment
+                if waiter.has_room:  # it was given at the same moment
                     self.leave()
-                elif turn in self._line:
-                    self._line.remove(turn)
+                elif waiter in self._line:
+                    self._line.remove(waiter)
             raise
 
     def leave(self, connection: Connection | None = None, *, may_keep: bool = False) -> None:
@@ -101,8 +100,8 @@ class Pool:
 
         Args:
             connection: The request's connection.
-            may_keep: Whether the connection may serve another request. Only where an event loop runs; without it this
-                can be called in any thread.
+            may_keep: Whether the connection may serve another request; what comes on it until then, ``take`` will see.
+                True only where an event loop runs; where it is False, this can be called in any thread.
         """
         try:
             if connection is not None:
@@ -113,7 +112,7 @@ class Pool:
                 self._admit()
 
     def take(self, route: Route, *, for_start: bool) -> Connection | None:
-        """Lease the idle connection of this route that was used last, if one is still good."""
+        """Return the idle connection of this route that was used last, if one is still good; it is the caller's now."""
         max_idle = MAX_IDLE_FOR_START if for_start else MAX_IDLE
         with self._lock:
             self._close_expired()
@@ -121,23 +120,12 @@ class Pool:
                 if connection.route == route and _seconds_idle(connection) <= max_idle:
                     self._idle.remove(connection)
                     if connection.is_quiet():
-                        self._lease(connection)
+                        connection.idle_since = None
                         return connection
                     connection.close()
             while self._idle and len(self._idle) + self._rooms_taken > self._rooms:
                 self._idle.pop(0).close()
         return None
-
-    def add(self, connection: Connection) -> None:
-        """Count a new connection as leased; it uses its request's room."""
-        with self._lock:
-            self._lease(connection)
-
-    def discard(self, connection: Connection) -> None:
-        """Close a leased connection that did not come to a request; the room stays the request's."""
-        with self._lock:
-            self._leased.discard(connection)
-        connection.close()
 
     def learn(self, seconds: float) -> None:
         """Take notice of how long a reply took, and make as much room as that asks for."""
@@ -156,32 +144,27 @@ class Pool:
             connection.close()
         return bool(idle)
 
-    def _lease(self, connection: Connection) -> None:
-        connection.idle_since = None
-        self._leased.add(connection)
-
     def _admit(self) -> None:
         """Give what room there is to the first in the line, with the lock held; a closed loop's requests need none."""
         while self._line and self._rooms_taken < self._rooms:
             self._rooms_taken += 1  # first of all: what comes next may have the garbage collector free more
-            turn = self._line.popleft()
-            turn.has_room = not turn.loop.is_closed()
-            if turn.has_room:
+            waiter = self._line.popleft()
+            waiter.has_room = not waiter.loop.is_closed()
+            if waiter.has_room:
                 with contextlib.suppress(RuntimeError):  # closed just now: its tasks are collected, and give it back
-                    turn.loop.call_soon_threadsafe(turn.call)
+                    waiter.loop.call_soon_threadsafe(waiter.call)
             else:
                 self._rooms_taken -= 1
 
     def _give_back(self, connection: Connection, *, may_keep: bool) -> None:
-        with self._lock:
-            self._leased.discard(connection)
-            if may_keep:  # `take` looks at the socket
-                connection.requests += 1
-                connection.idle_since = time.monotonic()
-                self._idle.append(connection)
-                self._sweep_later()
         if not may_keep:
             connection.close()
+            return
+        with self._lock:
+            connection.requests += 1
+            connection.idle_since = time.monotonic()
+            self._idle.append(connection)
+            self._sweep_later()
 
     def _sweep_later(self) -> None:
         """Have an event loop close what is idle for too long, unless one will already; with the lock held."""
@@ -202,8 +185,8 @@ class Pool:
             self._idle.pop(0).close()
 
 
-class _Turn:
-    """A request's place in the line."""
+class _Waiter:
+    """A request in the line."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.loop: asyncio.AbstractEventLoop = loop

@@ -115,7 +115,7 @@ async def dig_tunnel(connection: Connection, hops: Hops) -> None:
     lines = [f"CONNECT {platform} HTTP/1.1", f"Host: {platform}"]
     if connection.route.proxy_authorization:
         lines.append(f"Proxy-Authorization: {connection.route.proxy_authorization}")
-    connection.send("\r\n".join([*lines, "", ""]).encode("ascii"))
+    connection.write("\r\n".join([*lines, "", ""]).encode("ascii"))
     reader = ReplyReader("CONNECT")
     reply = None
     while reply is None:
@@ -124,8 +124,8 @@ async def dig_tunnel(connection: Connection, hops: Hops) -> None:
             raise TimeoutError("timed out")
         connection.receive()
         reply = reader.proceed(connection.incoming, has_ended=connection.has_ended)
-        if reply is None and connection.failure is not None:
-            raise connection.failure
+        if reply is None and connection.broken_by is not None:
+            raise connection.broken_by
     if not 200 <= reply.status_code < 300:
         raise TunnelError(reply.status_code)
     if connection.incoming:  # in TLS it would look as if the platform had said it
@@ -138,33 +138,14 @@ def _may_have_proxy() -> bool:
 
 
 def _ask_for_route(base_url: str) -> Route:
-    """In a thread, for macOS and Windows may look the host up to see whether it is an exception."""
+    """Ask urllib.request; in a thread, for macOS and Windows may look the host up to see whether it is an exception."""
     import urllib.request  # which takes 20 ms, and most machines have no proxy
 
     scheme, origin = base_url.split(":", maxsplit=1)[0], authority(base_url)
     proxy = urllib.request.getproxies().get(scheme, "").strip()
     if not proxy or _is_exception(origin):
         return _straight(base_url)
-    variable = f"{scheme.upper()}_PROXY"
-    if "://" in proxy and not proxy.lower().startswith("http://"):
-        kind = proxy.partition("://")[0]  # urllib would speak plain HTTP to it
-        raise SettingsError(f"{variable} names a {kind}:// proxy, and only http:// proxies can be used")
-    try:
-        parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
-        where = parts.netloc.rpartition("@")[2]
-        is_cut_short = where.endswith(":")  # as "http:/proxy.example" is: its host would be "http"
-        if is_cut_short or parts.port == 0 or not _host(where).encode("idna"):  # what dialing will do with it
-            raise ValueError("no host or port")
-    except ValueError:  # which a UnicodeError is; it is not quoted, for it may hold a password
-        raise SettingsError(f"{variable} is not a URL like http://proxy.example:3128") from None
-    return Route(
-        is_tls=scheme == "https",
-        authority=where,
-        is_through_proxy=True,
-        tunnel_to=origin if scheme == "https" else None,
-        user=unquote(parts.username or ""),
-        password=unquote(parts.password or ""),
-    )
+    return _through(proxy, scheme, origin)
 
 
 def _is_exception(origin: str) -> bool:
@@ -177,6 +158,30 @@ def _is_exception(origin: str) -> bool:
     names = urllib.request.getproxies().get("no", "").lower().replace(",", " ").split()
     places = (f".{origin}", f".{_host(origin)}")
     return any(place.endswith("." + name.lstrip(".")) for place in places for name in names)
+
+
+def _through(proxy: str, scheme: str, origin: str) -> Route:
+    """Read the URL of a proxy, which is not quoted in a SettingsError, for it may hold a password."""
+    variable = f"{scheme.upper()}_PROXY"
+    if "://" in proxy and not proxy.lower().startswith("http://"):
+        kind = proxy.partition("://")[0]  # urllib would speak plain HTTP to it
+        raise SettingsError(f"{variable} names a {kind}:// proxy, and only http:// proxies can be used")
+    try:
+        parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+        where = parts.netloc.rpartition("@")[2]
+        is_cut_short = where.endswith(":")  # as "http:/proxy.example" is: its host would be "http"
+        if is_cut_short or parts.port == 0 or not _host(where).encode("idna"):  # what dialing will do with it
+            raise ValueError("no host or port")
+    except ValueError:  # which a UnicodeError is
+        raise SettingsError(f"{variable} is not a URL like http://proxy.example:3128") from None
+    return Route(
+        is_tls=scheme == "https",
+        authority=where,
+        is_through_proxy=True,
+        tunnel_to=origin if scheme == "https" else None,
+        user=unquote(parts.username or ""),
+        password=unquote(parts.password or ""),
+    )
 
 
 def _straight(base_url: str) -> Route:

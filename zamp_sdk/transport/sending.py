@@ -35,16 +35,17 @@ def open_request(connection: Connection, request: Request, reader: ReplyReader, 
         send: Sends what was written, and may read the reply.
     """
     route = connection.route
+    is_for_proxy = route.is_through_proxy and not route.is_tls  # or else a tunnel leads through it
     headers = {**request.headers, "Accept-Encoding": "identity"}
     if request.body is not None:
         headers["Content-Length"] = str(len(request.body))
-    if route.is_through_proxy and not route.is_tls and route.proxy_authorization is not None:
+    if is_for_proxy and route.proxy_authorization is not None:
         headers["Proxy-Authorization"] = route.proxy_authorization
     # Made anew each time: a second opening would send the proxy what is for the platform. Only cookies need an origin.
     prepared = urllib.request.Request(
         request.base_url + request.path, request.body, headers, origin_req_host="", method=request.method
     )
-    if route.is_through_proxy and not route.is_tls:
+    if is_for_proxy:
         prepared.set_proxy(route.authority, "http")  # so that its first line has the whole URL (RFC 9112, 3.2.2)
     prepared.writer = functools.partial(_Writer, connection, reader, send)  # type: ignore[attr-defined]  # for _Handler
     _opener(urllib.request.OpenerDirector).open(prepared)
@@ -93,7 +94,7 @@ class _Writer:
         """Queue a request (RFC 9112, 3), but for the header with which do_open asks for the connection's end."""
         fields = [f"{name}: {value}\r\n" for name, value in headers.items() if name != "Connection"]
         head = "".join([f"{method} {target} HTTP/1.1\r\n", *fields, "\r\n"])
-        self._connection.send(head.encode("latin-1") + (body or b""))
+        self._connection.write(head.encode("latin-1") + (body or b""))
 
     def getresponse(self) -> _Response:
         self._send()
