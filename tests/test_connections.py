@@ -40,8 +40,7 @@ from zamp_sdk.transport import (
     send,
     sending,
 )
-from zamp_sdk.transport.connections import Connection
-from zamp_sdk.transport.routes import Route
+from zamp_sdk.transport.connections import Connection, Route
 
 # --- what is left over ------------------------------------------------------------------------------------------------
 

@@ -34,8 +34,8 @@ from zamp_sdk.transport import (
     reading,
     sending,
 )
+from zamp_sdk.transport.connections import Route
 from zamp_sdk.transport.failures import PeerError, SettingsError, TunnelError, explain
-from zamp_sdk.transport.routes import Route
 
 # --- what a person is told --------------------------------------------------------------------------------------------
 

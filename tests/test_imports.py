@@ -286,7 +286,13 @@ ARROWS: dict[str, set[str]] = {
     "transport.connections": {"transport.hops"},
     "transport.reading": {"transport.failures", "transport.messages"},
     "transport.dialing": {"transport.hops"},
-    "transport.routes": {"transport.failures", "transport.hops", "transport.messages", "transport.reading"},
+    "transport.routes": {
+        "transport.connections",
+        "transport.failures",
+        "transport.hops",
+        "transport.messages",
+        "transport.reading",
+    },
     "transport.sending": {"transport.messages"},
     "transport.pool": {"transport.connections"},
     "transport.exchange": {

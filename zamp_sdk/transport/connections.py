@@ -1,4 +1,4 @@
-"""One connection to a platform or a proxy: TLS, and sending and receiving without ever blocking.
+"""One connection to a platform or a proxy, and where it leads: TLS, and sending and receiving without ever blocking.
 
 A ``Connection`` is a non-blocking socket with bytes before and behind it. ``write`` queues bytes; ``flush`` hands the
 socket as many of them as it takes, and ``receive`` moves what has come to ``incoming``. None of them waits: who wants
@@ -13,15 +13,14 @@ that the loop waits for; between requests it is the pool. So there is no lock he
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import socket
 import ssl
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 from .hops import READ, WRITE, Hops, is_ready
-
-if TYPE_CHECKING:
-    from .routes import Route
 
 PIECE = 64 * 1024
 """Bytes that are received, or encrypted, at a time: four TLS records (RFC 8446, 5.1), and about what a socket takes."""
@@ -34,6 +33,52 @@ RECORD = 16 * 1024
 
 RECORD_HEADER = 5
 """Bytes before what a TLS record holds: its kind, a version, and in the last two the length (RFC 8446, 5.1)."""
+
+
+@dataclass(frozen=True)
+class Route:
+    """Which way a request goes; connections of equal routes are as good as each other."""
+
+    is_tls: bool
+    """Whether the platform is spoken to in TLS."""
+    authority: str
+    """Where to connect to, a host and perhaps a port as in a URL (RFC 3986, 3.2): the platform's, or a proxy's."""
+    is_through_proxy: bool = False
+    tunnel_to: str | None = None
+    """The platform's authority, if a proxy is to connect to it."""
+    user: str = field(default="", repr=False)
+    password: str = field(default="", repr=False)
+
+    @property
+    def host(self) -> str:
+        """The host to connect to."""
+        return host_of(self.authority)
+
+    @property
+    def port(self) -> int:
+        """The port to connect to."""
+        return urlsplit(f"//{self.authority}").port or (443 if self.is_tls and not self.is_through_proxy else 80)
+
+    @property
+    def tls_host(self) -> str:
+        """The platform's name as its certificate has it: without the dot that ends a full name (RFC 6066, 3)."""
+        return host_of(self.tunnel_to or self.authority).rstrip(".")
+
+    @property
+    def proxy_authorization(self) -> str | None:
+        """What the proxy is told: with CONNECT, or else with each request (RFC 7617)."""
+        if not self.user and not self.password:
+            return None
+        return "Basic " + base64.b64encode(f"{self.user}:{self.password}".encode()).decode("ascii")
+
+    @property
+    def secrets(self) -> tuple[str, ...]:
+        """What must not be shown of what a peer on this route has said."""
+        return (
+            tuple(filter(None, (f"{self.user}:{self.password}", self.user, self.password)))
+            if self.proxy_authorization
+            else ()
+        )
 
 
 class Connection:
@@ -196,3 +241,8 @@ class Connection:
         except ssl.SSLEOFError:  # the peer left without a close_notify, as many do; HTTP knows whether it was done
             self.has_ended = True
         self._outgoing += self._encrypted_out.read()  # the answer to a key update
+
+
+def host_of(authority: str) -> str:
+    """Return the host of an authority: without its port, and an IPv6 address without its brackets."""
+    return urlsplit(f"//{authority}").hostname or ""

@@ -28,7 +28,7 @@ from .routes import dig_tunnel, find_route
 from .tls import forget_tls_context, tls_context
 
 if TYPE_CHECKING:
-    from .routes import Route
+    from .connections import Route
 
 logger: logging.Logger = logging.getLogger("zamp_sdk")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from .messages import Failure, Request, authority
 
 if TYPE_CHECKING:
-    from .routes import Route
+    from .connections import Route
 
 
 class PeerError(OSError):

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 from .connections import Connection
 
 if TYPE_CHECKING:
-    from .routes import Route
+    from .connections import Route
 
 FEWEST_ROOMS = 64
 """Connections, idle ones included, that there may always be: a quarter of the 256 descriptors that macOS gives by

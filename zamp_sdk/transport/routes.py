@@ -12,74 +12,22 @@ it is sent the request itself.
 
 from __future__ import annotations
 
-import base64
 import functools
 import logging
 import os
 import sys
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
+from .connections import Connection, Route, host_of
 from .failures import PeerError, SettingsError, TunnelError
 from .hops import Hops
 from .messages import authority, is_this_machine
 from .reading import ReplyReader
 
-if TYPE_CHECKING:
-    from .connections import Connection
-
 MAX_ROUTES = 64
 """Platforms whose routes are kept in mind; a program speaks to one or two."""
 
 logger: logging.Logger = logging.getLogger("zamp_sdk")
-
-
-@dataclass(frozen=True)
-class Route:
-    """Which way a request goes; connections of equal routes are as good as each other."""
-
-    is_tls: bool
-    """Whether the platform is spoken to in TLS."""
-    authority: str
-    """Where to connect to, a host and perhaps a port as in a URL (RFC 3986, 3.2): the platform's, or a proxy's."""
-    is_through_proxy: bool = False
-    tunnel_to: str | None = None
-    """The platform's authority, if a proxy is to connect to it."""
-    user: str = field(default="", repr=False)
-    password: str = field(default="", repr=False)
-
-    @property
-    def host(self) -> str:
-        """The host to connect to."""
-        return _host(self.authority)
-
-    @property
-    def port(self) -> int:
-        """The port to connect to."""
-        return urlsplit(f"//{self.authority}").port or (443 if self.is_tls and not self.is_through_proxy else 80)
-
-    @property
-    def tls_host(self) -> str:
-        """The platform's name as its certificate has it: without the dot that ends a full name (RFC 6066, 3)."""
-        return _host(self.tunnel_to or self.authority).rstrip(".")
-
-    @property
-    def proxy_authorization(self) -> str | None:
-        """What the proxy is told: with CONNECT, or else with each request (RFC 7617)."""
-        if not self.user and not self.password:
-            return None
-        return "Basic " + base64.b64encode(f"{self.user}:{self.password}".encode()).decode("ascii")
-
-    @property
-    def secrets(self) -> tuple[str, ...]:
-        """What must not be shown of what a peer on this route has said."""
-        return (
-            tuple(filter(None, (f"{self.user}:{self.password}", self.user, self.password)))
-            if self.proxy_authorization
-            else ()
-        )
-
 
 _routes: dict[str, Route] = {}  # by base URL
 
@@ -156,7 +104,7 @@ def _is_exception(origin: str) -> bool:
         return True
     # It splits NO_PROXY at commas alone, and knows IPv6 addresses as a URL has them, in brackets.
     names = urllib.request.getproxies().get("no", "").lower().replace(",", " ").split()
-    places = (f".{origin}", f".{_host(origin)}")
+    places = (f".{origin}", f".{host_of(origin)}")
     return any(place.endswith("." + name.lstrip(".")) for place in places for name in names)
 
 
@@ -170,7 +118,7 @@ def _through(proxy: str, scheme: str, origin: str) -> Route:
         parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
         where = parts.netloc.rpartition("@")[2]
         is_cut_short = where.endswith(":")  # as "http:/proxy.example" is: its host would be "http"
-        if is_cut_short or parts.port == 0 or not _host(where).encode("idna"):  # what dialing will do with it
+        if is_cut_short or parts.port == 0 or not host_of(where).encode("idna"):  # what dialing will do with it
             raise ValueError("no host or port")
     except ValueError:  # which a UnicodeError is
         raise SettingsError(f"{variable} is not a URL like http://proxy.example:3128") from None
@@ -186,7 +134,3 @@ def _through(proxy: str, scheme: str, origin: str) -> Route:
 
 def _straight(base_url: str) -> Route:
     return Route(base_url.startswith("https:"), authority(base_url))
-
-
-def _host(authority: str) -> str:
-    return urlsplit(f"//{authority}").hostname or ""
