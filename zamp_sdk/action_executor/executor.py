@@ -322,6 +322,7 @@ async def _start(
     return_type: type | None,
     retry_policy: RetryPolicy | None,
     start_to_close_timeout: timedelta | None,
+    observe: Observer | None = None,
 ) -> ActionHandle[Any]:
     """Start an action; whoever is interrupted meanwhile is told whether it exists."""
     is_wanted = True
@@ -337,7 +338,7 @@ async def _start(
     )
     import json  # noqa: F401  # here and not in the thread: a child that is forked meanwhile could not
 
-    performance = _Performance(config)
+    performance = _Performance(config, observe)
     try:
         request = prepare() if is_small(params) else await in_thread(prepare)
         limit = lifecycle.wait_limit(retry_policy, start_to_close_timeout)  # what can fail does so before the start
