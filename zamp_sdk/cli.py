@@ -118,6 +118,7 @@ async def _perform(command: Coroutine[Any, Any, None], arguments: argparse.Names
             _tell(f"To collect the result of action {arguments.owed}: {_command_that_collects(arguments)}")
         for number in signals:
             signal.signal(number, _end_at_once)
+        signal.set_wakeup_fd(-1)  # it is the event loop's, which closes it before it forgets its signals
     return 0
 
 
