@@ -22,7 +22,6 @@ import atexit
 import contextlib
 import copy
 import inspect
-import itertools
 import json
 import logging
 import math
@@ -33,13 +32,14 @@ import sys
 import threading
 import time
 import uuid
+import weakref
 from collections import OrderedDict
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler
 from socketserver import ThreadingTCPServer
-from typing import Any, Callable, Coroutine, Literal, Mapping, NamedTuple, Optional, TypeVar, overload
+from typing import Any, Callable, Coroutine, Iterable, Literal, Mapping, NamedTuple, Optional, TypeVar, overload
 
 from .action_executor.models import RetryPolicy
 
@@ -115,7 +115,6 @@ class LocalPlatform:
         self._functions: dict[str, _Function] = {}
         self._faults: list[_Fault] = []
         self._requests = _Newest(_REQUEST_BYTES)
-        self._numbers = itertools.count()  # of the requests
         self._running: set[str] = set()  # ids of actions
         self._outcomes = _Newest(_OUTCOME_BYTES)  # as JSON, by the ids of ended actions
         self._own()
@@ -150,11 +149,9 @@ class LocalPlatform:
         def register(function: _F) -> _F:
             if not callable(function):
                 raise TypeError(f"an action must be a function, not {type(function).__name__}")
-            existing = self._functions.setdefault(name, function)
-            if existing is not function:
-                if _definition(existing) != _definition(function):
-                    raise ValueError(f"there already is an action named {name!r}")
-                self._functions[name] = function
+            if _place(self._functions.get(name, function)) != _place(function):
+                raise ValueError(f"there already is an action named {name!r}")
+            self._functions[name] = function
             return function
 
         return register
@@ -255,9 +252,10 @@ class LocalPlatform:
             return
         with self._starting:
             if self._server is not None:
-                self._server.stop()
+                deadline = time.monotonic() + _STOP_SECONDS
+                self._server.stop(deadline)
                 self._server = None
-                self._runner.stop()
+                self._runner.stop(deadline)
                 atexit.unregister(self.stop)
             with self._lock:
                 self._faults.clear()
@@ -296,10 +294,9 @@ class LocalPlatform:
         if request.headers.get("authorization") != f"Bearer {self.auth_token}":
             raise _RefusedError(401, "the bearer token is missing or wrong", "WWW-Authenticate: Bearer")
         length = request.headers.get("content-length", "0")
-        if not (length.isascii() and length.isdigit()) or "transfer-encoding" in request.headers:
+        if "transfer-encoding" in request.headers or not re.fullmatch("[0-9]+", length):
             raise _RefusedError(411, "the body must have a Content-Length")
-        # As text first: Python reads no number of over 4,300 digits.
-        if len(length.lstrip("0")) > len(str(_MAX_BODY)) or int(length) > _MAX_BODY:
+        if len(length) > 9 or int(length) > _MAX_BODY:  # in this order: Python reads no number of over 4,300 digits
             raise _RefusedError(413, f"the body must not be over {_MAX_BODY} bytes long")
         return int(length)
 
@@ -307,7 +304,7 @@ class LocalPlatform:
         headers = {name: "***" if name == "authorization" else value for name, value in request.headers.items()}
         size = body_length + len(request.path) + sum(len(name) + len(value) for name, value in headers.items())
         with self._lock:
-            self._requests.add(next(self._numbers), request._replace(headers=headers), size)
+            self._requests.add(object(), request._replace(headers=headers), size)
 
     def _answer(self, request: RecordedRequest, body_length: int) -> _Object:
         self._record(request, body_length)
@@ -423,10 +420,9 @@ def _check_number(
         raise ValueError(f"{name} must be {expected}, not {value!r}")
 
 
-def _definition(function: _Function) -> Any:
-    """Tell where a function is defined; what does not say is only the same as itself."""
-    place = getattr(function, "__module__", None), getattr(function, "__qualname__", None)
-    return place if all(isinstance(name, str) for name in place) else id(function)
+def _place(function: _Function) -> tuple[Any, Any]:
+    """Return where a function is defined."""
+    return getattr(function, "__module__", None), getattr(function, "__qualname__", None)
 
 
 # Running actions.
@@ -444,7 +440,7 @@ class _Runner:
 
     def __init__(self, time_scale: float) -> None:
         self._time_scale = time_scale
-        self._functions = _Threads()
+        self._threads: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # those of functions that run
         self._platform_loop = _LoopThread()
         self._actions_loop = _LoopThread()
 
@@ -452,12 +448,11 @@ class _Runner:
         """Run an action to its end; the result is its outcome as JSON."""
         return self._platform_loop.run(self._execute(action_id, function, start))
 
-    def stop(self) -> None:
-        """Cancel what runs, and wait for it a bounded time."""
-        deadline = time.monotonic() + _STOP_SECONDS
+    def stop(self, deadline: float) -> None:
+        """Cancel what runs, and wait for it until then."""
         self._platform_loop.stop(deadline)
         self._actions_loop.stop(deadline)
-        self._functions.join(deadline)
+        _join(self._threads, deadline)
 
     async def _execute(self, action_id: str, function: _Function, start: _Object) -> str:
         name, policy = start["action_name"], start["retry_policy"]
@@ -491,47 +486,34 @@ class _Runner:
     async def _perform(self, function: _Function, params: Any) -> _Ended:
         """Call the function, and await what can be awaited of what it returns."""
         if inspect.iscoroutinefunction(function):
-            return await asyncio.wrap_future(self._actions_loop.run(_called_and_awaited(function, params)))
+            return await self._await(lambda: function(copy.deepcopy(params)))
+        calling: Future[Any] = Future()
+        calling.set_running_or_notify_cancel()  # it cannot be cancelled, only left behind
         try:
-            calling = self._functions.run(lambda: _called(function, params))
+            self._threads.add(_start_thread(lambda: calling.set_result(_called(function, params))))
         except RuntimeError as exc:  # there are as many threads as there can be
             return _failure("FAILED", exc)
-        try:
-            called = await asyncio.wrap_future(calling)
-        except asyncio.CancelledError:
-            calling.add_done_callback(_drop)
-            raise
-        if isinstance(called, _Ended):
-            return called
-        return await asyncio.wrap_future(self._actions_loop.run(_awaited(called)))
+        called = await asyncio.wrap_future(calling)
+        return called if isinstance(called, _Ended) else await self._await(lambda: called)
+
+    async def _await(self, call: Callable[[], Any]) -> _Ended:
+        return await asyncio.wrap_future(self._actions_loop.run(_awaited(call)))
 
 
-class _Threads:
-    """Daemon threads, which cannot keep a program from exiting; remembered while they run, to be waited for."""
+def _start_thread(work: Callable[[], object]) -> threading.Thread:
+    """Start a daemon thread, which cannot keep a program from exiting."""
+    thread = threading.Thread(target=work, name="zamp-local-platform", daemon=True)
+    thread.start()
+    return thread
 
-    def __init__(self) -> None:
-        self._threads: list[threading.Thread] = []
-        self._enough = 0  # so many are looked through for those that have ended
 
-    def run(self, function: Callable[[], Any]) -> Future[Any]:
-        """Call a function, which raises nothing, in a thread of its own. Only one thread may use this method."""
-        result: Future[Any] = Future()
-        result.set_running_or_notify_cancel()  # it cannot be cancelled, only left behind
-        thread = threading.Thread(target=lambda: result.set_result(function()), name="zamp-local-platform", daemon=True)
-        thread.start()
-        self._threads.append(thread)
-        if len(self._threads) > self._enough:
-            self._threads = [thread for thread in self._threads if thread.is_alive()]
-            self._enough = 2 * len(self._threads) + 100
-        return result
-
-    def join(self, deadline: float | None) -> None:
-        """Wait until all have ended, or until the monotonic clock shows the deadline."""
-        for thread in self._threads:
-            if thread is not threading.current_thread():  # an action that stops its platform
-                thread.join(None if deadline is None else max(0.0, deadline - time.monotonic()))
-                if thread.is_alive():
-                    _logger.warning("a function that does not return was left behind")
+def _join(threads: Iterable[threading.Thread], deadline: float) -> None:
+    """Wait until all have ended, or until the monotonic clock shows the deadline."""
+    for thread in list(threads):
+        if thread is not threading.current_thread():  # an action that stops its platform
+            thread.join(max(0.0, deadline - time.monotonic()))
+            if thread.is_alive():
+                _logger.warning("a function that does not return was left behind")
 
 
 class _LoopThread:
@@ -541,15 +523,14 @@ class _LoopThread:
         self._loop = asyncio.new_event_loop()
         self._loop.set_debug(False)  # under `python -X dev` it would tell of every slow step
         self._stopped: asyncio.Future[None] = self._loop.create_future()
-        self._thread = _Threads()
-        self._thread.run(self._run)
+        self._thread = _start_thread(self._run)
 
     def run(self, coroutine: Coroutine[Any, Any, Any]) -> Future[Any]:
         return asyncio.run_coroutine_threadsafe(coroutine, self._loop)
 
     def stop(self, deadline: float) -> None:
         self._loop.call_soon_threadsafe(self._stopped.set_result, None)
-        self._thread.join(deadline)
+        _join([self._thread], deadline)
 
     def _run(self) -> None:
         """Do what asyncio.run does, which ends with the first sys.exit, and with a main task that is cancelled."""
@@ -580,26 +561,15 @@ def _called(function: _Function, params: Any) -> Any:
         return _failure("FAILED", exc)
 
 
-async def _awaited(called: Any) -> _Ended:
-    """Return how what a call returned ends."""
-    if isinstance(called, _Ended):
-        return called
+async def _awaited(call: Callable[[], Any]) -> _Ended:
+    """Return how what a call returns ends."""
     try:
-        while inspect.isawaitable(called):
-            called = await called
-        return _success(called)
+        result = call()
+        while inspect.isawaitable(result):
+            result = await result
+        return _success(result)
     except BaseException as exc:
         return _failure("FAILED", exc)
-
-
-async def _called_and_awaited(function: _Function, params: Any) -> _Ended:
-    return await _awaited(_called(function, params))
-
-
-def _drop(calling: Future[Any]) -> None:
-    """Close a coroutine that nobody is left to await; Python would warn of it."""
-    if inspect.iscoroutine(calling.result()):
-        calling.result().close()
 
 
 def _success(result: Any) -> _Ended:
@@ -631,14 +601,14 @@ class _Server(ThreadingTCPServer):  # an HTTPServer would look up this machine's
         super().__init__(("127.0.0.1", port), _Handler)
         self.admit, self.answer = admit, answer
         self._open: set[socket.socket] = set()
-        self._acceptor, self._workers = _Threads(), _Threads()
+        self._workers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # the threads that run
 
     def serve(self) -> None:
         """Accept connections."""
-        self._acceptor.run(lambda: self.serve_forever(poll_interval=0.02))
+        self._workers.add(_start_thread(lambda: self.serve_forever(poll_interval=0.02)))
 
-    def stop(self) -> None:
-        """Accept no more, and end the connections that are open."""
+    def stop(self, deadline: float) -> None:
+        """Accept no more, end the connections that are open, and wait for their threads until then."""
         self.shutdown()
         with contextlib.suppress(OSError):  # macOS shuts down none that listens
             self.socket.shutdown(socket.SHUT_RDWR)  # a forked child may have it open, and would keep the port
@@ -646,12 +616,11 @@ class _Server(ThreadingTCPServer):  # an HTTPServer would look up this machine's
         for connection in list(self._open):
             with contextlib.suppress(OSError):  # it is closed already
                 connection.shutdown(socket.SHUT_RDWR)
-        for threads in (self._acceptor, self._workers):
-            threads.join(None)
+        _join(self._workers, deadline)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self._open.add(request)
-        self._workers.run(lambda: self.process_request_thread(request, client_address))
+        self._workers.add(_start_thread(lambda: self.process_request_thread(request, client_address)))
 
     def shutdown_request(self, request: Any) -> None:
         self._open.discard(request)
