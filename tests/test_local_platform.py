@@ -29,7 +29,7 @@ from unittest import mock
 import pytest
 
 from zamp_sdk import local_platform
-from zamp_sdk.local_platform import LocalPlatform
+from zamp_sdk.local_platform import LocalPlatform, starts
 
 POLICY = {"initial_interval": "PT10S", "maximum_interval": "PT15S", "maximum_attempts": 3, "backoff_coefficient": 1.5}
 
@@ -672,7 +672,7 @@ def test_a_bad_retry_policy_is_422_with_the_reason(client: Client, name: str, va
 def test_a_bad_duration_is_refused(text: Any) -> None:
     """What is not an ISO 8601 duration of days, hours, minutes and seconds is refused by its field's name."""
     with pytest.raises(ValueError, match=re.escape(f"x must be an ISO 8601 duration, not {text!r}")):
-        local_platform._duration("x", text)
+        starts._duration("x", text)
 
 
 @pytest.mark.parametrize(("fields", "policy"), [({"timeout": 1}, {}), ({}, {"jitter": 1})])
@@ -704,7 +704,7 @@ def test_a_policy_whose_intervals_contradict_is_422(client: Client) -> None:
 )
 def test_durations_are_read_as_iso_8601(text: str, seconds: float) -> None:
     """Days, hours, minutes and seconds add up."""
-    assert local_platform._duration("x", text) == timedelta(seconds=seconds)
+    assert starts._duration("x", text) == timedelta(seconds=seconds)
 
 
 def test_requests_are_recorded_in_order_without_the_token(platform: LocalPlatform, client: Client) -> None:
