@@ -29,7 +29,7 @@ from unittest import mock
 import pytest
 
 from zamp_sdk import local_platform
-from zamp_sdk.local_platform import LocalPlatform
+from zamp_sdk.local_platform import LocalPlatform, starts
 
 POLICY = {"initial_interval": "PT10S", "maximum_interval": "PT15S", "maximum_attempts": 3, "backoff_coefficient": 1.5}
 
@@ -176,19 +176,6 @@ def test_what_can_be_awaited_is_awaited(platform: LocalPlatform, client: Client,
     assert client.execute("plus_one", 1) == {"status": "COMPLETED", "result": 2}
 
 
-def test_a_coroutine_that_comes_too_late_is_closed(platform: LocalPlatform, client: Client) -> None:
-    """What a function returns to await after its attempt has timed out is not awaited, and nothing warns of it."""
-    go_on = threading.Event()
-
-    @platform.action
-    def late(params: Any) -> Any:
-        go_on.wait(5)
-        return plus_one(1)
-
-    assert client.execute("late", start_to_close_timeout_seconds=0.02)["status"] == "TIMED_OUT"
-    go_on.set()
-
-
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_the_traceback_of_a_failed_attempt_is_in_the_log(
     platform: LocalPlatform, client: Client, caplog: pytest.LogCaptureFixture, asynchronous: bool
@@ -230,16 +217,6 @@ def test_the_same_function_defined_again_takes_its_place(platform: LocalPlatform
     elsewhere.__module__ = "elsewhere"
     with pytest.raises(ValueError, match="there already is an action named 'action'"):
         platform.action(elsewhere)
-
-
-def test_two_objects_of_a_class_are_two_actions() -> None:
-    """An object that is called is only the same as itself."""
-    platform = LocalPlatform()
-    first = PlusOne()
-    platform.action("plus_one")(first)
-    platform.action("plus_one")(first)
-    with pytest.raises(ValueError, match="there already is an action named 'plus_one'"):
-        platform.action("plus_one")(PlusOne())
 
 
 def test_what_cannot_be_registered_is_a_type_error() -> None:
@@ -695,7 +672,7 @@ def test_a_bad_retry_policy_is_422_with_the_reason(client: Client, name: str, va
 def test_a_bad_duration_is_refused(text: Any) -> None:
     """What is not an ISO 8601 duration of days, hours, minutes and seconds is refused by its field's name."""
     with pytest.raises(ValueError, match=re.escape(f"x must be an ISO 8601 duration, not {text!r}")):
-        local_platform._duration("x", text)
+        starts._duration("x", text)
 
 
 @pytest.mark.parametrize(("fields", "policy"), [({"timeout": 1}, {}), ({}, {"jitter": 1})])
@@ -727,7 +704,7 @@ def test_a_policy_whose_intervals_contradict_is_422(client: Client) -> None:
 )
 def test_durations_are_read_as_iso_8601(text: str, seconds: float) -> None:
     """Days, hours, minutes and seconds add up."""
-    assert local_platform._duration("x", text) == timedelta(seconds=seconds)
+    assert starts._duration("x", text) == timedelta(seconds=seconds)
 
 
 def test_requests_are_recorded_in_order_without_the_token(platform: LocalPlatform, client: Client) -> None:

@@ -6,6 +6,8 @@
 - While a command owes its user a result, ``arguments.owed`` is the action's id. However the command then ends, the line
   that collects the result is printed; nothing is said of an action that nobody has seen.
 - Messages speak of options and variables, not of Python's arguments.
+- Ctrl-C, SIGTERM and SIGHUP cancel the command that runs, which then ends as at any error. Before it, and when all
+  has been told, they end the program at once.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ import io
 import itertools
 import json
 import logging
-import math
 import os
 import re
 import shlex
@@ -30,10 +31,11 @@ import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Coroutine, NoReturn, Sequence
+from typing import Any, AsyncIterator, Callable, Coroutine, NoReturn, Sequence
 
-from . import ActionExecutor, ActionHandle, RetryPolicy, SdkConfig, __version__
-from .action_executor.lifecycle import Sleep, Step
+from . import ActionExecutor, ActionHandle, RetryPolicy, __version__
+from .action_executor import executor
+from .action_executor.lifecycle import Sleep, Step, Turn
 from .errors import ActionFailedError, ActionTimeoutError, HttpClientError, MissingConfigError, ZampError
 from .local_platform import LocalPlatform
 
@@ -42,22 +44,30 @@ EXPECTED = (asyncio.CancelledError, ZampError, ValueError, OSError)  # ends that
 UNITS: dict[str, float] = {"ms": 0.001, "": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}  # s
 NOBODY_READS = 141  # what a shell tells of a program that SIGPIPE has ended: 128 + 13
 
-# Seconds in which a second signal is still the first one: `timeout 60 zamp-sdk ...` sends SIGTERM to the process, and
-# then to the process group that it is in.
-SAME_SIGNAL = 1.0
+# What the library's messages call otherwise.
+WORDS: dict[str, str] = {
+    "pass base_url=... in the call": "give --base-url",
+    "pass auth_token=... in the call": "give --auth-token-file",
+    "base_url": "the base URL",
+    "auth_token": "the token",
+    "action_name": "ACTION",
+    "action_start_to_close_timeout": "--start-to-close",
+    **{name: f"--{name.replace('_', '-')}" for name in vars(RetryPolicy.default())},
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; in the main thread, for it handles signals."""
     _prepare_streams()
     logging.basicConfig(handlers=[_Log()], format="zamp-sdk: %(message)s")
-    signals = _Signals()
-    arguments = argparse.Namespace(run=None, owed=None)
+    for number in _signals():
+        signal.signal(number, _end_at_once)
+    arguments = argparse.Namespace(run=None, owed=None, received=None)
     try:
-        code = _run(argv, arguments, signals)
+        code = _run(argv, arguments)
         sys.stdout.flush()
     except EXPECTED as exc:
-        code = _tell_the_end(exc, arguments, signals)
+        code = _tell_the_end(exc, arguments)
     try:
         sys.stdout.flush()
     except OSError:  # what cannot be written is dropped: Python would try again at its exit, and change the exit code
@@ -65,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
-def _run(argv: Sequence[str] | None, arguments: argparse.Namespace, signals: _Signals) -> int:
+def _run(argv: Sequence[str] | None, arguments: argparse.Namespace) -> int:
     parser = _parser()
     try:
         parser.parse_args(argv, arguments)
@@ -76,76 +86,71 @@ def _run(argv: Sequence[str] | None, arguments: argparse.Namespace, signals: _Si
         return 2
     if arguments.verbose:
         logging.getLogger("zamp_sdk").setLevel(logging.DEBUG)
-    command: Coroutine[Any, Any, None] = arguments.run(arguments)
+    # -X dev would report slow imports.
+    return asyncio.run(_perform(arguments.run(arguments), arguments), debug=False)
 
-    async def perform() -> int:
-        signals.task = asyncio.current_task()
-        awake = asyncio.ensure_future(_stay_awake())
-        # All is told here, before asyncio.run waits for threads: one may hang in a name lookup.
+
+async def _perform(command: Coroutine[Any, Any, None], arguments: argparse.Namespace) -> int:
+    """Run a command until it ends or a signal cancels it, and tell how it ended.
+
+    That is told here, before asyncio.run waits for threads: one may hang in a name lookup.
+    """
+    loop, task = asyncio.get_running_loop(), asyncio.current_task()
+    assert task is not None
+
+    def cancel(number: int) -> None:
+        if arguments.received is None:  # timeout(1) sends its signal to the process, and again to its group
+            arguments.received = number
+            task.cancel()
+
+    signals = _signals()
+    for number in signals:
         try:
-            await command
-        except EXPECTED as exc:
-            return _tell_the_end(exc, arguments, signals)
-        finally:
-            if arguments.owed is not None:  # beside the traceback of a fault of ours, too
-                collect = _command_that_collects(arguments)
-                _tell(f"To collect the result of action {arguments.owed}: {collect}")
-            signals.task = None
-            awake.cancel()
-        return 0
+            loop.add_signal_handler(number, cancel, number)
+        except NotImplementedError:  # on Windows
+            signal.signal(number, lambda number, _: loop.call_soon_threadsafe(cancel, number))
+    try:
+        await command
+    except EXPECTED as exc:
+        return _tell_the_end(exc, arguments)
+    finally:
+        if arguments.owed is not None:  # beside the traceback of a fault of ours, too
+            _tell(f"To collect the result of action {arguments.owed}: {_command_that_collects(arguments)}")
+        for number in signals:
+            signal.signal(number, _end_at_once)
+        signal.set_wakeup_fd(-1)  # it is the event loop's, which closes it before it forgets its signals
+    return 0
 
-    return asyncio.run(perform(), debug=False)  # -X dev would report slow imports
 
-
-def _tell_the_end(exc: BaseException, arguments: argparse.Namespace, signals: _Signals) -> int:
+def _tell_the_end(exc: BaseException, arguments: argparse.Namespace) -> int:
     """Say why a command has ended, and return its exit code."""
     if isinstance(exc, asyncio.CancelledError):
-        if signals.received is None:
+        if arguments.received is None:
             raise exc
-        code = 128 + signals.received
-    elif isinstance(exc, BrokenPipeError):
-        code = NOBODY_READS
+        return 128 + int(arguments.received)
+    if isinstance(exc, BrokenPipeError):
         if arguments.run is not _start:  # who stops reading a result wants no more of it
             arguments.owed = None
-    else:
-        code = EXIT_CODES.get(type(exc), 2)
-        message = str(exc)
-        if isinstance(exc, ActionTimeoutError):  # whose own message goes on with a line of Python
-            message = f"action {exc.action_id} had not ended after {exc.waited:.1f} s"
-        _tell(f"zamp-sdk: {message}")
-    return code
+        return NOBODY_READS
+    message = str(exc)
+    if isinstance(exc, ActionTimeoutError):  # whose own message goes on with a line of Python
+        message = f"action {exc.action_id} had not ended after {exc.waited:.1f} s"
+    elif isinstance(exc, (ValueError, MissingConfigError)):
+        names = "|".join(map(re.escape, WORDS))
+        message = re.sub(rf"(?<![\w.])({names})\b", lambda name: WORDS[name[0]], message)
+    _tell(f"zamp-sdk: {message}")
+    return EXIT_CODES.get(type(exc), 2)
 
 
-class _Signals:
-    """What Ctrl-C, SIGTERM and SIGHUP do: they cancel the command, which then ends as at any error.
-
-    A second one ends the program at once, as does any before there is something to cancel. What is ignored stays
-    ignored: SIGHUP under nohup, Ctrl-C in the background of a script.
-    """
-
-    def __init__(self) -> None:
-        self.task: asyncio.Task[int] | None = None
-        self.received: int | None = None
-        self._since = -math.inf
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) not in (signal.SIG_IGN, None):
-                signal.signal(number, self._handle)
-
-    def _handle(self, number: int, _: object) -> None:
-        now = time.monotonic()
-        if now - self._since < SAME_SIGNAL:
-            return
-        if self.task is None or self.received is not None:
-            os._exit(128 + number)  # an exception could get lost here: in a callback of the garbage collector, say
-        self.received, self._since = number, now
-        self.task.get_loop().call_soon_threadsafe(self.task.cancel)
+def _signals() -> list[int]:
+    """Return which signals end a command. What is ignored stays so, as SIGHUP is under nohup."""
+    names = ("SIGINT", "SIGTERM", "SIGHUP")
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]  # Windows has no SIGHUP
+    return [number for number in numbers if signal.getsignal(number) not in (signal.SIG_IGN, None)]
 
 
-async def _stay_awake() -> None:
-    """Have Python look for signals now and then: one that comes just before the loop waits does not end its waiting."""
-    while True:  # noqa: ASYNC110  # it waits for nothing
-        await asyncio.sleep(0.5)
+def _end_at_once(number: int, _: object) -> None:
+    os._exit(128 + number)  # an exception could get lost here: in a callback of the garbage collector, say
 
 
 class _Closed(io.StringIO):
@@ -163,7 +168,7 @@ class _Log(logging.Handler):
 def _prepare_streams() -> None:
     for name, encoding, errors in (
         ("stdin", "utf-8-sig", "strict"),
-        ("stdout", "utf-8", "strict"),
+        ("stdout", "utf-8", "backslashreplace"),  # for halves of characters, which JSON can escape
         ("stderr", "utf-8", "backslashreplace"),
     ):
         stream = getattr(sys, name)
@@ -174,25 +179,17 @@ def _prepare_streams() -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that takes options by their whole names only, and repeats none of the values it does not know."""
+    """A parser that takes options by their whole names only, and repeats no value that is in the wrong place."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)
 
-    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        arguments, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            names = [match[0] for match in map(re.compile("(--[a-z][a-z-]*|-[A-Za-z])(?==|$)").match, unknown) if match]
-            advice = ""
-            if any(name.startswith("--auth") for name in names):
-                advice = " (a token comes from ZAMP_AUTH_TOKEN or --auth-token-file: others can read a command line)"
-            self.error(f"no such option: {', '.join(names)}{advice}" if names else "too many arguments")
-        return arguments
-
     def error(self, message: str) -> NoReturn:
-        if message.startswith("argument COMMAND: invalid choice"):  # and then it is repeated
-            message = f"no such command; {self.prog} --help lists them"
-        super().error(re.sub("(invalid [a-z]+ value|ignored explicit argument).*", r"\1", message, flags=re.DOTALL))
+        places = "unrecognized arguments|invalid choice|invalid [a-z]+ value|ignored explicit argument"
+        match = re.match(f"(.*?(?:{places}))(.*)", message, re.DOTALL)
+        if match is not None:  # the names of options may be told
+            message = " ".join([match[1], *re.findall("(?<= )--[a-z-]+(?=[ =]|$)", match[2])])
+        super().error(message)
 
 
 def _program() -> list[str]:
@@ -236,11 +233,11 @@ def _parser() -> argparse.ArgumentParser:
     duration: Any = {"metavar": "DURATION", "type": _duration}
     for each in (execute, start):
         add = each.add_argument
-        add("action", metavar="ACTION", type=_name, help="the action's name")
+        add("action", metavar="ACTION", type=_text, help="the action's name")
         add("params", metavar="PARAMS", nargs="?", default="{}", type=_params, help="JSON ({}), @FILE, or - for stdin")
         add("--summary", type=_text, help="what the platform shows people about this run")
         limit = "the limit of one attempt (default: the platform's)"
-        add("--start-to-close", metavar="DURATION", type=_limit, help=limit)
+        add("--start-to-close", help=limit, **duration)
         policy = each.add_argument_group(
             "retry policy",
             "Without any of these none is sent, and the platform's own holds. With one of them, the others\n"
@@ -260,14 +257,9 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument("--auth-token-file", metavar="FILE", help="where the token is (default: ZAMP_AUTH_TOKEN)")
     yours = "your LocalPlatform (default: the demo's)"
     serve.add_argument("platform", metavar="MODULE:NAME", nargs="?", default=f"{__name__}:demo", help=yours)
-    serve.add_argument("--port", type=_port, help="where to listen (default: the platform's own; 0: a free port)")
+    port = "where to listen, up to 65535 (default: the platform's own; 0: a free port)"
+    serve.add_argument("--port", metavar="PORT", type=int, choices=range(2**16), help=port)
     return parser
-
-
-def _port(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
-        raise argparse.ArgumentTypeError("not a port (write 0 to 65535)")
-    return int(text)
 
 
 def _duration(text: str) -> timedelta:
@@ -275,13 +267,6 @@ def _duration(text: str) -> timedelta:
     if match is None:
         raise argparse.ArgumentTypeError("not a duration (write 30, 1.5s, 500ms, 10m, 1h or 2d)")
     return timedelta(seconds=float(match[1]) * UNITS[match[2]])
-
-
-def _limit(text: str) -> timedelta:
-    duration = _duration(text)
-    if not duration:
-        raise argparse.ArgumentTypeError("must be over zero")
-    return duration
 
 
 def _text(argument: str) -> str:
@@ -292,13 +277,6 @@ def _text(argument: str) -> str:
         return os.fsencode(argument).decode()
     except UnicodeError:
         raise argparse.ArgumentTypeError("not in UTF-8 (write it in UTF-8, or set LC_ALL to its encoding)") from None
-
-
-def _name(argument: str) -> str:
-    name = _text(argument)
-    if not name.strip():
-        raise argparse.ArgumentTypeError("must not be empty")
-    return name
 
 
 def _params(argument: str) -> Any:
@@ -317,15 +295,7 @@ def _params(argument: str) -> Any:
 
 def _target(arguments: argparse.Namespace) -> dict[str, Any]:
     """Say which platform to ask, and as whom."""
-    for option, variable in (("base_url", "ZAMP_BASE_URL"), ("auth_token_file", "ZAMP_AUTH_TOKEN")):
-        if not vars(arguments)[option] and not os.environ.get(variable, "").strip():
-            raise MissingConfigError(f"{variable} is not set: set it in the environment, or give {_option(option)}")
-    target = {"base_url": arguments.base_url, "auth_token": _token(arguments.auth_token_file)}
-    try:
-        SdkConfig.resolve(**target)
-    except ValueError as exc:  # it begins with the argument's name
-        raise ValueError(re.sub("^base_url", "the base URL", re.sub("^auth_token", "the token", str(exc)))) from None
-    return target
+    return {"base_url": arguments.base_url, "auth_token": _token(arguments.auth_token_file)}
 
 
 def _token(file: str | None) -> str | None:
@@ -343,14 +313,7 @@ def _token(file: str | None) -> str | None:
 def _policy(arguments: argparse.Namespace) -> RetryPolicy | None:
     default = vars(RetryPolicy.default())
     given = {name: value for name, value in vars(arguments).items() if name in default and value is not None}
-    try:
-        return RetryPolicy(**{**default, **given}) if given else None
-    except ValueError as exc:  # it names fields, and so do the options
-        raise ValueError(re.sub("[a-z]+_[a-z]+", lambda field: _option(field[0]), str(exc))) from None
-
-
-def _option(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+    return RetryPolicy(**{**default, **given}) if given else None
 
 
 async def _execute(arguments: argparse.Namespace) -> None:
@@ -378,14 +341,17 @@ async def _result(arguments: argparse.Namespace) -> None:
 
 async def _started(arguments: argparse.Namespace) -> ActionHandle[Any]:
     try:
-        handle = await ActionExecutor.start(
-            arguments.action,
-            arguments.params,
-            summary=arguments.summary,
-            action_retry_policy=_policy(arguments),
-            action_start_to_close_timeout=arguments.start_to_close,
-            **_target(arguments),
-        )
+        async with _progress("starting") as observe:
+            handle = await executor._start(
+                executor._resolve(**_target(arguments)),
+                arguments.action,
+                arguments.params,
+                summary=arguments.summary,
+                return_type=None,
+                retry_policy=_policy(arguments),
+                start_to_close_timeout=arguments.start_to_close,
+                observe=observe,
+            )
     except HttpClientError as exc:  # the platform may give an id and an error
         arguments.owed = exc.action_id
         raise
@@ -395,7 +361,8 @@ async def _started(arguments: argparse.Namespace) -> ActionHandle[Any]:
 
 async def _print_result(handle: ActionHandle[Any], arguments: argparse.Namespace) -> None:
     try:
-        result = await _wait(handle, arguments.timeout)
+        async with _progress("RUNNING") as observe:
+            result = await handle._wait(arguments.timeout, observe)
     except ActionFailedError:  # it has ended, and the error says all there is to say
         arguments.owed = None
         raise
@@ -403,29 +370,34 @@ async def _print_result(handle: ActionHandle[Any], arguments: argparse.Namespace
     arguments.owed = None
 
 
-async def _wait(handle: ActionHandle[Any], timeout: timedelta | None) -> Any:
-    """Wait for a result, with a line on a terminal that shows what is being waited for."""
-    doing = "RUNNING"
+@contextlib.asynccontextmanager
+async def _progress(usual: str) -> AsyncIterator[Callable[[Step], None]]:
+    """Show what is waited for, in a line on a terminal; what is yielded is to be called with each step."""
+    doing = usual
     until = began = time.monotonic()
 
     def observe(step: Step) -> None:
         nonlocal doing, until
         if isinstance(step, Sleep):
-            doing = step.failure or "RUNNING"
-            until = time.monotonic() + step.seconds
+            doing = step.failure or usual
+        elif isinstance(step, Turn):
+            doing = f"{usual}, waiting for its turn in a line of {step.waiting}"
+        else:
+            return
+        until = time.monotonic() + step.seconds
 
-    async def show_progress() -> None:
+    async def show() -> None:
         while True:
             await asyncio.sleep(0.1)
             now = time.monotonic()
-            times = f"  {now - began:.1f} s, next poll in {max(0, until - now):.1f} s"
+            times = f"  {now - began:.1f} s, next request in {max(0, until - now):.1f} s"
             _draw(doing[: shutil.get_terminal_size().columns - len(times) - 1] + times)
 
-    progress = asyncio.ensure_future(show_progress())
+    showing = asyncio.ensure_future(show())
     try:
-        return await handle._wait(timeout, observe)
+        yield observe
     finally:
-        progress.cancel()
+        showing.cancel()
         _draw("")
 
 
@@ -442,15 +414,12 @@ def _print(text: str) -> None:
 
 
 def _json(value: Any) -> str:
-    """Write a result as JSON, which has neither infinite numbers nor halves of characters."""
+    """Write a result as JSON, which has no infinite numbers."""
     try:
-        text = json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False)
+        return json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False)
     except ValueError:  # JSON's 1e999 is infinite in Python
         _tell("zamp-sdk: the result has numbers that are not finite here; they are printed as null")
-        finite = json.loads(json.dumps(value), parse_constant=lambda _: None)
-        text = json.dumps(finite, ensure_ascii=False, indent=2)
-    # A lone surrogate cannot be written in UTF-8, but can be escaped.
-    return re.sub("[\ud800-\udfff]", lambda match: f"\\u{ord(match[0]):04x}", text)
+        return _json(json.loads(json.dumps(value), parse_constant=lambda _: None))
 
 
 def _draw(line: str) -> None:
@@ -468,10 +437,11 @@ def _tell(text: str) -> None:
 
 
 def _command_that_collects(arguments: argparse.Namespace) -> str:
-    target = {name: vars(arguments)[name] for name in ("base_url", "auth_token_file")}
-    options = [f"{_option(name)}={value}" for name, value in target.items() if value]
-    end_of_options = ["--"] if arguments.owed.startswith("-") else []
-    return shlex.join([*_program(), "result", *options, *end_of_options, arguments.owed])
+    words = [*_program(), "result"]
+    for option, value in (("--base-url", arguments.base_url), ("--auth-token-file", arguments.auth_token_file)):
+        words += [f"{option}={value}"] if value else []
+    words += ["--"] if arguments.owed.startswith("-") else []  # the end of the options
+    return shlex.join([*words, arguments.owed])
 
 
 def _serve(arguments: argparse.Namespace) -> Coroutine[Any, Any, None]:
@@ -496,10 +466,9 @@ def _serve(arguments: argparse.Namespace) -> Coroutine[Any, Any, None]:
 async def _serving(platform: LocalPlatform) -> None:
     try:
         platform.start()
-    except OSError as exc:
-        raise OSError(f"cannot listen on port {platform._port}: {exc.strerror}") from None
-    except RuntimeError as exc:  # the module has started it, or no thread can be had
-        raise OSError(f"cannot start the platform: {exc}") from None
+    except (OSError, RuntimeError) as exc:  # a port that is taken; the module has started it; no thread can be had
+        reason = exc.strerror if isinstance(exc, OSError) else exc
+        raise OSError(f"cannot start the platform on port {platform._port}: {reason}") from None
     try:
         _tell(f"Serving {', '.join(platform.action_names)}; Ctrl-C ends it.")
         _print(f"export ZAMP_BASE_URL={platform.base_url} ZAMP_AUTH_TOKEN={shlex.quote(platform.auth_token)}")

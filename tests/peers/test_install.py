@@ -70,7 +70,7 @@ def installed(python: Path) -> tuple[str, str]:
     """Return the version that `pip show zamp-sdk` tells, and whose package it is."""
     shown = pip(python, "show", "--files", "zamp-sdk")
     version = next(line.partition(": ")[2] for line in shown.splitlines() if line.startswith("Version: "))
-    return version, "this" if "zamp_sdk/local_platform.py" in shown else "official"  # which has no such module
+    return version, "this" if "zamp_sdk/local_platform/" in shown else "official"  # which has no such module
 
 
 # 1.1.0 is a number that this package has had, too.

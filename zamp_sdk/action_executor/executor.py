@@ -323,6 +323,7 @@ async def _start(
     return_type: type | None,
     retry_policy: RetryPolicy | None,
     start_to_close_timeout: timedelta | None,
+    observe: Observer | None = None,
 ) -> ActionHandle[Any]:
     """Start an action; whoever is interrupted meanwhile is told whether it exists."""
     is_wanted = True
@@ -338,7 +339,7 @@ async def _start(
     )
     import json  # noqa: F401  # here and not in the thread: a child that is forked meanwhile could not
 
-    driver = _Driver(config)
+    driver = _Driver(config, observe)
     try:
         request = prepare() if is_small(params) else await in_thread(prepare)
         limit = lifecycle.wait_limit(retry_policy, start_to_close_timeout)  # what can fail does so before the start
