@@ -347,7 +347,7 @@ async def _start(
         raise
     except BaseException as exc:  # a cancellation, Ctrl-C, what cannot be sent, or a fault of ours
         is_wanted = False
-        _tell_of_start(exc, action_name, config, performance.exchange)
+        _tell_of_start(exc, action_name, config, performance)
         raise
     return ActionHandle(
         str(reply.action_id),
@@ -360,17 +360,18 @@ async def _start(
     )
 
 
-def _tell_of_start(exc: BaseException, action_name: str, config: SdkConfig, exchange: Exchange | None) -> None:
-    """Say whether an action whose start was interrupted exists; ``exchange`` is the one whose fate is open."""
+def _tell_of_start(exc: BaseException, action_name: str, config: SdkConfig, performance: _Performance) -> None:
+    """Say whether an action exists whose start was interrupted."""
     what = "cancelled" if isinstance(exc, INTERRUPTED) else "failed"
     name = f"action {one_line(str(action_name))!r}"
+    exchange = performance.exchange
     answer = None if exchange is None else exchange.answer
     if isinstance(answer, Reply) and answer.action_id is not None:
         notice = _notice(WAITING, answer.action_id, action_name, config)
     elif exchange is not None and (lifecycle.may_have_started(answer) if answer else exchange.may_have_left):
         notice = Notice(f"{what} while starting {{}}: it may have started all the same", name)
     elif isinstance(exc, INTERRUPTED):  # which is worth no warning
-        why = "nothing was sent" if exchange is None or answer is None else "it was refused"
+        why = "it was refused" if answer is not None or performance.was_refused else "nothing was sent"
         add_note(exc, f"{what} while starting {name}: {why}, so it has not started")
         return
     else:
@@ -412,7 +413,7 @@ def _warn_of_plain_http(base_url: str) -> None:
 
 
 class _Performance:
-    """Performs the lifecycle's steps; ``exchange`` is the one whose fate is open, for whoever is interrupted."""
+    """Performs the lifecycle's steps; what its attributes say is for whoever is interrupted."""
 
     def __init__(self, config: SdkConfig, observe: Observer | None = None) -> None:
         self._config = config
@@ -420,6 +421,9 @@ class _Performance:
         self._pace = pace_of(config.base_url, config.auth_token)
         self._in_line = 0.0  # seconds
         self.exchange: Exchange | None = None
+        """The one whose fate is open."""
+        self.was_refused: bool = False
+        """Whether the platform has refused one before."""
 
     def asking_clock(self) -> float:
         """Return monotonic seconds, without those in which requests waited their turn."""
@@ -476,11 +480,10 @@ class _Performance:
             exchange = self.exchange = Exchange(request, step.timeout, may_send)
             answer = await send(exchange)
         if isinstance(answer, Reply):
+            is_refused = lifecycle.is_refusal(answer)
+            self.was_refused |= is_refused
             has_changed = self._pace.learn(
-                exchange.sent_at,
-                time.monotonic(),
-                is_refused=lifecycle.is_refusal(answer),
-                retry_after=answer.retry_after,
+                exchange.sent_at, time.monotonic(), is_refused=is_refused, retry_after=answer.retry_after
             )
             if has_changed:
                 _tell_of_pace(self._pace, self._config.base_url, answer.retry_after)
