@@ -20,7 +20,7 @@ from typing import Any, Callable
 import pydantic
 import pytest
 
-from tests.servers import TOKEN, Act, Server, Wire, eventually, reply, silent
+from tests.servers import TOKEN, Server, eventually, reply, silent
 from zamp_sdk import (
     ActionExecutor,
     ActionFailedError,
@@ -704,49 +704,6 @@ async def test_what_many_meet_is_told_once(caplog: pytest.LogCaptureFixture, mon
         "action act-1 has the status 'QUEUED',",
         "waiting 0 s to try again",
     ]
-
-
-class Bucket:
-    """The acts of a platform that takes so many requests a second, and refuses the rest."""
-
-    def __init__(self, rate: float, refusal: Act) -> None:
-        self.rate, self.refusal = rate, refusal
-        self.tokens, self.filled_at = rate / 4, time.monotonic()
-        self.lock = threading.Lock()
-
-    def act(self, accept: Act) -> Act:
-        def limited(wire: Wire) -> bool:
-            with self.lock:
-                now = time.monotonic()
-                self.tokens = min(self.rate / 4, self.tokens + (now - self.filled_at) * self.rate)
-                self.filled_at = now
-                is_taken = self.tokens >= 1
-                self.tokens -= is_taken
-            return (accept if is_taken else self.refusal)(wire)
-
-        return limited
-
-
-@pytest.mark.parametrize(
-    "refusal",
-    [
-        reply(429, {"error": "slow down"}, {"Retry-After": "1"}),
-        reply(429, {"error": "slow down"}),
-        reply(503, headers={"Retry-After": "0.5"}),
-    ],
-)
-async def test_a_platform_that_limits_gets_all_of_them_in_time(refusal: Act, caplog: pytest.LogCaptureFixture) -> None:
-    """Every action comes back though they are more than a platform takes at once, and people are told, once."""
-    with Server() as server:
-        bucket = Bucket(100, refusal)
-        server.always("POST", bucket.act(reply(200, {"id": "act-1"})))
-        server.always("GET", bucket.act(reply(200, {"id": "act-1", "status": "COMPLETED"})))
-        run = (ActionExecutor.execute("act", 0, base_url=server.url, auth_token=TOKEN) for _ in range(60))
-        await asyncio.wait_for(asyncio.gather(*run), 60)
-    assert re.search(
-        "limits how fast it is asked; it takes about [0-9]+ requests a second .*; waiting: [0-9]+", caplog.text
-    )
-    assert len([record for record in caplog.records if record.levelno >= logging.WARNING]) == 1
 
 
 async def test_who_waits_a_turn_is_observed_and_can_be_cancelled(platform: LocalPlatform) -> None:

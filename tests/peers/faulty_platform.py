@@ -1,5 +1,7 @@
 """The Zamp API as it is on a bad day, for the soak: one request in ten meets a fault. Run in a process of its own.
 
+For a quarter of the time it also limits how fast it is asked, and refuses what is over it.
+
 Whatever leaves the client in doubt happens *after* the action was started, so that a start that is sent again after
 such a fault is a second start, which the ledger shows. The port is the first line of output; a line of input asks for
 the ledger, and the end of the input ends the server.
@@ -18,12 +20,17 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
+from tests import pacing_simulation
+
 FAULTY = 0.1  # of the requests
 LONGEST_ACTION = 0.3  # s
 SLOW = 1.0  # s
 SILENCE = 0.005  # of the faults, for each keeps a slot of the client busy for 30 s
+LIMIT_FROM, LIMIT_TO, LIMIT_EVERY = 2.0, 7.0, 20.0  # s: when there is a limit, in each so many
+LIMIT = {"rate": 300, "burst": 100}  # requests a second: less than the soak asks for
 
-# Answers that say: not processed. The action is not started.
+# Answers that say: not processed. The action is not started. They are given to what is over the limit, and not at
+# random: whoever is refused asks more slowly, and those who are refused at any speed would in the end hardly ask.
 REFUSALS = {
     "429": b"HTTP/1.1 429 Too Many Requests\r\nContent-Length: 0\r\n\r\n",
     "429 Retry-After": b"HTTP/1.1 429 Too Many Requests\r\nRetry-After: 1\r\nContent-Length: 0\r\n\r\n",
@@ -115,13 +122,19 @@ class Platform:
         self.faults: Counter[str] = Counter()
         self.posts = self.polls = 0
         self._ends: dict[str, float] = {}
+        self._limit = pacing_simulation.Platform([LIMIT])
+        self._began = time.monotonic()
 
-    def choose_fault(self) -> str | None:
+    def choose_fault(self, *, is_start: bool) -> str | None:
+        now = time.monotonic() - self._began
+        has_limit = LIMIT_FROM <= now % LIMIT_EVERY < LIMIT_TO
+        if has_limit and not self._limit.takes(now, is_start=is_start):
+            return self.random.choice([*REFUSALS])
         if self.random.random() >= FAULTY:
             return None
         if self.random.random() < SILENCE:
             return "silence"
-        return self.random.choice([*REFUSALS, *DOUBTS, *MANNERS])
+        return self.random.choice([*DOUBTS, *MANNERS])
 
     def start(self, number: int, key: str) -> dict[str, Any]:
         self.starts[number] += 1
@@ -175,11 +188,11 @@ class Connection(asyncio.Protocol):
             self._start(json.loads(rest[:length])["params"]["number"], headers["idempotency-key"])
         else:
             self._platform.polls += 1
-            self._answer(self._platform.choose_fault(), self._platform.look(target.rpartition("/")[2]))
+            self._answer(self._platform.choose_fault(is_start=False), self._platform.look(target.rpartition("/")[2]))
 
     def _start(self, number: int, key: str) -> None:
         self._platform.posts += 1
-        fault = self._platform.choose_fault()
+        fault = self._platform.choose_fault(is_start=True)
         reply = {} if fault in REFUSALS else self._platform.start(number, key)
         if fault is None or fault in MANNERS:
             self._platform.answered.add(number)

@@ -2,7 +2,7 @@
 
 Before that, ``fuzz_reading`` gives the reader as many of its own, in pieces.
 
-Most replies go straight through ``wire`` and ``lifecycle``, which is fast; the rest comes from a server on loopback,
+Most replies go straight through ``replies`` and ``lifecycle``, which is fast; the rest comes from a server on loopback,
 over many connections, through the public calls. A seed makes the same replies again.
 
     python -m tests.peers.fuzz [REPLIES [SEED]]
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import itertools
 import json
 import logging
 import random
@@ -22,8 +23,9 @@ from datetime import timedelta
 from typing import Any
 
 from tests.peers import fuzz_reading
-from zamp_sdk import ActionExecutor, ActionFailedError, ActionTimeoutError, HttpClientError, ZampError
-from zamp_sdk.action_executor import http_client, lifecycle, wire
+from zamp_sdk import ActionExecutor, ActionFailedError, ActionTimeoutError, HttpClientError, ZampError, transport
+from zamp_sdk.action_executor import lifecycle, params, replies
+from zamp_sdk.action_executor.executor import logger
 from zamp_sdk.action_executor.redaction import Redactor
 
 REPLIES = 40_000
@@ -128,10 +130,10 @@ class Fuzzer:
         """Return up to three headers."""
         return {self.dice.choice(HEADERS): self.dice.choice(HEADER_VALUES) for _ in range(self.dice.randrange(4))}
 
-    def reply(self) -> wire.Reply:
+    def reply(self) -> transport.Reply:
         """Return a reply as the transport makes it."""
         headers = {name.lower(): value for name, value in self.headers().items()}
-        return wire.read_reply(self.dice.choice(STATUSES), headers, self.body())
+        return transport.Reply(self.dice.choice(STATUSES), headers, self.body())
 
     def raw(self) -> tuple[bytes, bool]:
         """Return a reply as it travels, and whether the connection goes on: not after one that is broken."""
@@ -152,7 +154,7 @@ def check(error: BaseException, started: bool) -> str:
     if started:
         assert error.action_id == ACTION_ID
     elif error.action_id is not None:
-        wire.check_action_id(error.action_id)
+        replies.check_action_id(error.action_id)
     links: list[BaseException | None] = [error]
     while links:
         link = links.pop()
@@ -182,10 +184,15 @@ def step_through(fuzzer: Fuzzer, budget: int, redact: Redactor) -> tuple[int, st
     started = fuzzer.dice.random() < 0.7
     if started:
         steps = lifecycle.follow(
-            ACTION_ID, clock=lambda: now, jitter=lambda: 0.5, redact=redact, started_at=0.0, limit=3600.0
+            ACTION_ID,
+            clock=lambda: now,
+            asking_clock=lambda: now,
+            jitter=lambda: 0.5,
+            started_at=0.0,
+            limit=3600.0,
         )
     else:
-        steps = lifecycle.start(wire.Request("POST", "/actions"), clock=lambda: now, jitter=lambda: 0.5, redact=redact)
+        steps = lifecycle.start(params.Request("POST", "/actions"), asking_clock=lambda: now, jitter=lambda: 0.5)
     used, answer = 0, None
     try:
         while used < budget:
@@ -193,7 +200,7 @@ def step_through(fuzzer: Fuzzer, budget: int, redact: Redactor) -> tuple[int, st
             answer = None
             if isinstance(step, lifecycle.Send):
                 used += 1
-                answer = fuzzer.reply()
+                answer = step.read(fuzzer.reply(), redact, 0.0)
             else:
                 assert 0 <= step.seconds <= 120
                 now += step.seconds
@@ -203,11 +210,11 @@ def step_through(fuzzer: Fuzzer, budget: int, redact: Redactor) -> tuple[int, st
     except StopIteration as stop:
         reply = stop.value
         if not started:
-            wire.check_action_id(reply.id)
+            replies.check_action_id(reply.action_id)
             return used, "started"
-        assert reply.id in (None, ACTION_ID)
+        assert reply.action_id in (None, ACTION_ID)
         try:
-            lifecycle.outcome(ACTION_ID, reply, redact=redact)
+            lifecycle.outcome(ACTION_ID, reply)
         except ActionFailedError as exc:
             return used, check(exc, started)
         return used, "result"
@@ -219,6 +226,7 @@ def step_through(fuzzer: Fuzzer, budget: int, redact: Redactor) -> tuple[int, st
 async def over_the_wire(fuzzer: Fuzzer, budget: int, ends: Counter[str]) -> None:
     """Run actions against a server that answers at random, until so many replies have been given."""
     left = budget
+    numbers = itertools.count()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal left
@@ -239,15 +247,17 @@ async def over_the_wire(fuzzer: Fuzzer, budget: int, ends: Counter[str]) -> None
         finally:
             writer.close()
 
-    async def run(base_url: str) -> None:
+    async def run(server_url: str) -> None:
         while left > 0:
+            # Each action has a platform of its own: one that refuses at random would be asked slower and slower.
+            base_url = f"{server_url}/{next(numbers)}"
             started = fuzzer.dice.random() < 0.7
             try:
                 if started:
                     handle: Any = ActionExecutor.get_handle(ACTION_ID, base_url=base_url, auth_token=TOKEN)
                     await handle.result(timeout=timedelta(seconds=0.2))
                 else:
-                    wire.check_action_id(
+                    replies.check_action_id(
                         (await ActionExecutor.start("act", {}, base_url=base_url, auth_token=TOKEN)).id
                     )
                 ends["result" if started else "started"] += 1
@@ -273,20 +283,20 @@ class _Watch(logging.Handler):
             self.faults.append(text)
 
 
-def main(replies: int = REPLIES, seed: int = 0) -> Counter[str]:
-    """Run so many random replies, and return how often each end was met; an AssertionError tells the first fault."""
+def main(number: int = REPLIES, seed: int = 0) -> Counter[str]:
+    """Give so many random replies, and return how often each end was met; an AssertionError tells the first fault."""
     began = time.monotonic()
     fuzzer = Fuzzer(seed)
     ends: Counter[str] = Counter()
     redact = Redactor(TOKEN)
     watch = _Watch()
-    http_client.logger.addHandler(watch)
-    saved = http_client.logger.propagate, http_client.logger.level
-    http_client.logger.propagate = False
-    http_client.logger.setLevel(logging.DEBUG)
+    logger.addHandler(watch)
+    saved = logger.propagate, logger.level
+    logger.propagate = False
+    logger.setLevel(logging.DEBUG)
     waits = lifecycle.BACKOFF_MIN, lifecycle.POLL_MIN
     try:
-        left = replies - int(replies * OVER_THE_WIRE)
+        left = number - int(number * OVER_THE_WIRE)
         while left > 0:
             assert time.monotonic() - began < LONGEST, "it takes too long"
             used, end = step_through(fuzzer, left, redact)
@@ -294,11 +304,11 @@ def main(replies: int = REPLIES, seed: int = 0) -> Counter[str]:
             ends[end] += 1
         lifecycle.BACKOFF_MIN = lifecycle.POLL_MIN = 0.001  # s, for these waits are real
         rest = LONGEST - (time.monotonic() - began)
-        asyncio.run(asyncio.wait_for(over_the_wire(fuzzer, int(replies * OVER_THE_WIRE), ends), rest))
+        asyncio.run(asyncio.wait_for(over_the_wire(fuzzer, int(number * OVER_THE_WIRE), ends), rest))
     finally:
         lifecycle.BACKOFF_MIN, lifecycle.POLL_MIN = waits
-        http_client.logger.propagate, http_client.logger.level = saved
-        http_client.logger.removeHandler(watch)
+        logger.propagate, logger.level = saved
+        logger.removeHandler(watch)
     assert not watch.faults, watch.faults[0]
     return ends
 

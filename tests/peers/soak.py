@@ -1,8 +1,11 @@
 """The soak: 20,000 actions, 200 at a time, on a platform where one request in ten meets a fault (`make soak`).
 
+For a quarter of the time that platform limits how fast it is asked, too.
+
 Checked at its end: every action has its result, or an error that admits that it may have started, where the fault hit
-its start after it was sent; none was started twice; no thread, socket or file descriptor is left over; memory is flat.
-Prints its figures and exits with 1 if anything of this does not hold, or with 2 if it takes too long.
+its start after it was sent; none was started twice, and none given up because it was refused; no thread, socket or file
+descriptor is left over; memory is flat. Prints its figures and exits with 1 if anything of this does not hold, or with
+2 if it takes too long.
 """
 
 from __future__ import annotations
@@ -25,11 +28,10 @@ from typing import Any
 from tests.conftest import pool_state
 from tests.peers import faulty_platform
 from zamp_sdk import ActionExecutor, HttpClientError
-from zamp_sdk.transport.pool import shared_pool
+from zamp_sdk.transport.pool import MOST_ROOMS, shared_pool
 
 LIMIT = 240.0  # s; it takes half of it
 MEMORY_GROWTH = 4.0  # MiB from the first quarter to the end that are no growth yet
-MAX_SOCKETS = 64
 
 # What became of an action.
 PENDING, RESULT, DOUBT, REFUSED = range(4)
@@ -100,6 +102,7 @@ class Soak:
             [number for number in starts if self.outcomes[number] == REFUSED],
         )
         self._forbid_for("never ended", [number for number, outcome in enumerate(self.outcomes) if outcome == PENDING])
+        self.forbid("actions were given up though they were only refused", self.outcomes.count(REFUSED))
         self.forbid("starts had the idempotency key of another", ledger["shared_keys"])
 
     def forbid(self, what: str, count: float) -> None:
@@ -174,7 +177,7 @@ def main() -> int:
     soak.forbid("threads are left", threads)
     soak.forbid("connections are still leased", leased)
     soak.forbid("file descriptors are left", descriptors_after - descriptors_before)
-    soak.forbid("sockets too many at once", soak.most_sockets - MAX_SOCKETS)
+    soak.forbid("sockets too many at once", soak.most_sockets - MOST_ROOMS)
     soak.forbid("MiB of memory too many", end - quarter - MEMORY_GROWTH)
 
     posts, polls, faults = ledger["posts"], ledger["polls"], ledger["faults"]
@@ -183,6 +186,8 @@ def main() -> int:
         f"{wall:.0f} s, {cpu:.0f} s of CPU; {posts:,} starts and {polls:,} polls, {(posts + polls) / wall:.0f} a second"
     )
     print(f"{sum(faults.values()):,} faults: {', '.join(f'{name} {faults[name]}' for name in sorted(faults))}")
+    refused = sum(faults.get(name, 0) for name in faulty_platform.REFUSALS)
+    print(f"over the limit: {refused:,} requests, {refused / (posts + polls):.1%} of all")
     print(f"{count(RESULT):,} results, {count(DOUBT):,} errors that say 'may have started', {count(REFUSED):,} refused")
     print(f"started twice: {sum(starts > 1 for starts in ledger['starts'].values())}")
     print(f"left over: {threads} threads, {leased} leases, {descriptors_after - descriptors_before} file descriptors")

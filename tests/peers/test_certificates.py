@@ -56,8 +56,16 @@ BAD_CERTIFICATES = pytest.mark.parametrize(
         (unknown_ca, "unable to get local issuer certificate", "set SSL_CERT_FILE to the CA's PEM file"),
         (expired, "certificate has expired", "this machine's clock"),
         (not_yet_valid, "certificate is not yet valid", "this machine's clock"),
-        (wrong_host, "certificate is not valid for 'localhost'", "is for another host: check the base URL"),
-        (common_name_only, "certificate is not valid for 'localhost'", "is for another host: check the base URL"),
+        (
+            wrong_host,
+            "certificate is not valid for 'localhost'",
+            "does not name this host among its subject alternative names",
+        ),
+        (
+            common_name_only,
+            "certificate is not valid for 'localhost'",
+            "does not name this host among its subject alternative names",
+        ),
     ],
 )
 

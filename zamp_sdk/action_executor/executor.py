@@ -349,7 +349,7 @@ async def _start(
         raise
     except BaseException as exc:  # a cancellation, Ctrl-C, what cannot be sent, or a fault of ours
         is_wanted = False
-        _tell_of_start(exc, action_name, config, driver.exchange)
+        _tell_of_start(exc, action_name, config, driver)
         raise
     return ActionHandle(
         str(reply.action_id),
@@ -362,17 +362,18 @@ async def _start(
     )
 
 
-def _tell_of_start(exc: BaseException, action_name: str, config: SdkConfig, exchange: Exchange | None) -> None:
-    """Say whether an action whose start was interrupted exists; ``exchange`` is the last one, if there was any."""
+def _tell_of_start(exc: BaseException, action_name: str, config: SdkConfig, driver: _Driver) -> None:
+    """Say whether an action exists whose start was interrupted."""
     what = "cancelled" if isinstance(exc, INTERRUPTED) else "failed"
     name = f"action {one_line(str(action_name))!r}"
+    exchange = driver.exchange
     answer = None if exchange is None else exchange.answer
     if isinstance(answer, Reply) and answer.action_id is not None:
         notice = _notice(WAITING, answer.action_id, action_name, config)
     elif exchange is not None and (lifecycle.may_have_started(answer) if answer else exchange.may_have_left):
         notice = Notice(f"{what} while starting {{}}: it may have started all the same", name)
     elif isinstance(exc, INTERRUPTED):  # which is worth no warning
-        why = "nothing was sent" if exchange is None or answer is None else "it was refused"
+        why = "it was refused" if answer is not None or driver.was_refused else "nothing was sent"
         add_note(exc, f"{what} while starting {name}: {why}, so it has not started")
         return
     else:
@@ -414,10 +415,7 @@ def _warn_of_plain_http(base_url: str) -> None:
 
 
 class _Driver:
-    """Performs the lifecycle's steps; ``exchange`` is the last one, for whoever is interrupted.
-
-    The last one is enough: a start is sent again only if no action can have come of what was sent before.
-    """
+    """Performs the lifecycle's steps; what its attributes say is for whoever is interrupted."""
 
     def __init__(self, config: SdkConfig, observe: Observer | None = None) -> None:
         self._config = config
@@ -425,6 +423,9 @@ class _Driver:
         self._pace = pace_of(config.base_url, config.auth_token)
         self._waited_for_turns = 0.0  # seconds
         self.exchange: Exchange | None = None
+        """The last one, which is enough: a start is sent again only if nothing can have come of the one before."""
+        self.was_refused: bool = False
+        """Whether the platform has refused one before."""
 
     def asking_clock(self) -> float:
         """Return monotonic seconds, without those in which requests waited their turn."""
@@ -478,11 +479,10 @@ class _Driver:
             exchange = self.exchange = Exchange(request, step.timeout, may_send)
             answer = await send(exchange)
         if isinstance(answer, Reply):
+            is_refused = lifecycle.is_refusal(answer)
+            self.was_refused |= is_refused
             has_changed = self._pace.learn(
-                exchange.sent_at,
-                time.monotonic(),
-                is_refused=lifecycle.is_refusal(answer),
-                retry_after=answer.retry_after,
+                exchange.sent_at, time.monotonic(), is_refused=is_refused, retry_after=answer.retry_after
             )
             if has_changed:
                 _tell_of_pace(self._pace, self._config.base_url, answer.retry_after)

@@ -57,9 +57,9 @@ class Pace:
     """How fast one platform lets itself be asked, and the line of those who wait for it."""
 
     def __init__(self) -> None:
-        self.is_limiting = False
+        self.is_limiting: bool = False
         """Whether there is a line; else nobody has to wait."""
-        self.cut_at = -math.inf
+        self.cut_at: float = -math.inf
         """When the platform last refused; who was let go before and has not been sent yet joins the line again."""
         self._lock = threading.Lock()
         self._line: set[int] = set()  # the tickets of those who have not left
