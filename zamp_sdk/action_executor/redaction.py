@@ -5,10 +5,12 @@ as it came or as its own format writes it. So text of a peer goes through a ``Re
 error or a log. Nothing else does: ids, known statuses and this package's own words stay as they are, whatever the token
 may be.
 
-A secret is printable ASCII. It is searched for as it is; percent-encoded (RFC 3986, 2.1), escaped as in JSON (RFC 8259,
-7) or as an HTML character reference, once, each character by itself; and all of that in base64 too, which is how
-``Basic`` sends ``user:password`` (RFC 7617). What a peer cut short (``sk_live_12...``) is found by its beginning. The
-time for that grows with the text and not faster, whatever the text holds.
+A token is printable ASCII; a proxy's password may be any text, and is sent in UTF-8. A secret is searched for as it is;
+percent-encoded (RFC 3986, 2.1), escaped as in JSON (RFC 8259, 7) or as an HTML character reference, once, each
+character by itself; and all of that in base64 too, which is how ``Basic`` sends ``user:password`` (RFC 7617). What is
+not ASCII is also found where the text was read in another charset than it was written in. What a peer cut short
+(``sk_live_12...``) is found by its beginning. The time for that grows with the text and not faster, whatever the text
+holds.
 """
 
 from __future__ import annotations
@@ -88,14 +90,16 @@ def _character(character: str) -> str:
     """Return a pattern of all the ways in which a character is written."""
     if character.isascii() and character.isalnum():
         return character  # which no format escapes, and which keeps the search fast
-    code = ord(character)
+    code, octets, units = ord(character), character.encode(), character.encode("utf-16-be")
     ways = [
         "\\\\" + re.escape(character),
         re.escape(character),
-        "(?i:" + "".join(f"%{octet:02x}" for octet in character.encode()) + ")",
-        f"(?i:\\\\u{code:04x})",
+        "(?i:" + "".join(f"%{octet:02x}" for octet in octets) + ")",
+        "(?i:" + "".join(f"\\\\u{units[at : at + 2].hex()}" for at in range(0, len(units), 2)) + ")",
         f"(?i:&#(?:{code}|x{code:x});)",
     ]
+    if code > 127:  # a head is read as latin-1, and what is no UTF-8 with replacements
+        ways += [re.escape(octets.decode("latin-1")), "\N{REPLACEMENT CHARACTER}"]
     if character == " ":  # in a password
         ways.append(r"\+")
     if character in _NAMED:
