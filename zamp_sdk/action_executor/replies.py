@@ -232,5 +232,5 @@ def _text(raw: transport.Reply, errors: str = "replace") -> str:
     except UnicodeDecodeError:
         try:
             return raw.body.decode(declared[1] if declared else "utf-8", errors=errors)
-        except LookupError:  # no charset that is known here
+        except (LookupError, UnicodeError):  # no charset that is known here, or not what it is in
             return raw.body.decode(errors=errors)
