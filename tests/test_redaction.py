@@ -55,6 +55,16 @@ def test_cut_short(size: int, end: str) -> None:
     assert Redactor(TOKEN).text(f"seen {TOKEN[:size]}{end}") == f"seen [token]{end}"
 
 
+@pytest.mark.parametrize("end", ["", "...", '"'])
+@pytest.mark.parametrize("form", ["JSON for HTML", "URL", "HTML", "HTML, decimal"])
+def test_cut_short_as_a_format_writes_it(form: str, end: str) -> None:
+    """So is a beginning that a format has escaped, also one that ends within an escape."""
+    token = "tok+en/0123456789/+=&<0123"
+    echo = WRITTEN[form](token)
+    for size in range(len(WRITTEN[form](token[:8])), len(echo)):
+        assert Redactor(token).text(f"seen {echo[:size]}{end}") == f"seen [token]{end}"
+
+
 @pytest.mark.parametrize("text", ["sk_live_ is a prefix", "sk_live_0123 and more", "token", "sk_live..."])
 def test_what_is_no_secret(text: str) -> None:
     """A beginning that is followed by other words, or that is too short, stays."""

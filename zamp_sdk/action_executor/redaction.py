@@ -15,6 +15,7 @@ holds.
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any, Sequence
 
@@ -34,6 +35,8 @@ SHOWN = 200
 
 _NAMED = {'"': "quot", "&": "amp", "'": "apos", "<": "lt", ">": "gt"}
 """The character references that HTML escapes use."""
+
+_PART_OF_AN_ESCAPE = re.compile(r"%[\da-f]?|\\(u[\da-f]{0,3})?|&(#x?[\da-f]*|[a-z]*)", re.ASCII | re.IGNORECASE)
 
 
 class Redactor:
@@ -93,7 +96,6 @@ def _character(character: str) -> str:
     code, octets, units = ord(character), character.encode(), character.encode("utf-16-be")
     ways = [
         "\\\\" + re.escape(character),
-        re.escape(character),
         "(?i:" + "".join(f"%{octet:02x}" for octet in octets) + ")",
         "(?i:" + "".join(f"\\\\u{units[at : at + 2].hex()}" for at in range(0, len(units), 2)) + ")",
         f"(?i:&#(?:{code}|x{code:x});)",
@@ -103,21 +105,33 @@ def _character(character: str) -> str:
     if character == " ":  # in a password
         ways.append(r"\+")
     if character in _NAMED:
-        ways.insert(0, f"&{_NAMED[character]};")
+        ways.append(f"&{_NAMED[character]};")
+    ways.append(re.escape(character))  # the last, for an escape may begin with it
     return f"(?:{'|'.join(ways)})"
 
 
 def _without_cut(text: str, form: str) -> str:
     """Replace what is the beginning of a secret, and then ends as a text does that was cut short."""
-    beginning = form[:SHORTEST_TOKEN]
+    beginning = re.compile("".join(map(_character, form[:SHORTEST_TOKEN])))
     pieces: list[str] = []
-    done, at = 0, text.find(beginning)
-    while at >= 0:
-        end = at + len(beginning)
-        while end < len(text) and end - at < len(form) and text[end] == form[end - at]:
-            end += 1
+    done, match = 0, beginning.search(text)
+    while match:
+        at, end = match.span()
+        for character in form[SHORTEST_TOKEN:]:
+            more = _character_pattern(character).match(text, end)
+            if not more:
+                break
+            end = more.end()
+        is_taken = text[end - 1] in "%\\&"  # what an escape begins with, for a character of the secret
+        part = _PART_OF_AN_ESCAPE.match(text, end - 1 if is_taken else end)
+        end = end if part is None else part.end()
         if end == len(text) or text.startswith(CUT, end):
             pieces += [text[done:at], MASK]
             done = end
-        at = text.find(beginning, max(done, at + 1))
+        match = beginning.search(text, max(done, at + 1))
     return "".join(pieces) + text[done:]
+
+
+@functools.lru_cache(maxsize=128)
+def _character_pattern(character: str) -> re.Pattern[str]:
+    return re.compile(_character(character))

@@ -174,9 +174,8 @@ def _read(raw: transport.Reply, redact: Redactor, now: float) -> tuple[Reply, di
 
 def _unusable(reply: Reply, raw: transport.Reply, redact: Redactor, problem: str, *, may_pass: bool = True) -> Reply:
     """Add why a reply cannot be used, and what an error shows of it."""
-    return reply._replace(
-        problem=problem, may_pass=may_pass, headers=redact.json(dict(raw.headers)), body=redact.text(_text(raw))
-    )
+    headers = {redact.text(name): redact.text(value) for name, value in raw.headers.items()}
+    return reply._replace(problem=problem, may_pass=may_pass, headers=headers, body=redact.text(_text(raw)))
 
 
 def _fields(value: Any) -> dict[str, Any]:
