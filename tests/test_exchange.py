@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import gc
 import re
+import socket
 import threading
 
 import pytest
@@ -15,6 +16,7 @@ from tests.conftest import (
     CheckNoToken,
     Pace,
     execute,
+    pool_state,
     request_to,
     start,
 )
@@ -110,6 +112,35 @@ async def test_a_connection_is_kept_where_the_reply_says_its_end(
     assert await start(server.url) == ACTION_ID
     assert await start(server.url) == ACTION_ID
     assert server.connections == (1 if is_kept else 2)
+
+
+@pytest.mark.parametrize(
+    "afterwards", [b"", http_reply(200, {"id": "somebody-else's"})], ids=["closed", "another reply"]
+)
+async def test_what_comes_before_a_request_is_sent_is_no_reply_to_it(
+    afterwards: bytes, server: Server, pace: Pace
+) -> None:
+    """An idle connection of which a peer has enough while a busy loop keeps its next request waiting is not used."""
+    may_go_on, has_gone_on = threading.Event(), threading.Event()
+
+    def start_and_more(wire: Wire) -> bool:
+        started(wire)
+        assert may_go_on.wait(PROMPT)
+        wire.send(afterwards)
+        if not afterwards:
+            wire.socket.shutdown(socket.SHUT_WR)
+        has_gone_on.set()
+        return True
+
+    server.on("POST", start_and_more)
+    assert await start(server.url) == ACTION_ID
+    second = asyncio.ensure_future(start(server.url))
+    await asyncio.sleep(0)  # it has taken the connection, and waits for a thread
+    assert (pool_state().rooms_taken, pool_state().idle) == (1, 0)
+    may_go_on.set()
+    assert has_gone_on.wait(PROMPT)
+    assert await second == ACTION_ID
+    assert (server.count("POST"), server.connections) == (2, 2)
 
 
 async def test_large_requests_and_replies_arrive_whole(pace: Pace) -> None:

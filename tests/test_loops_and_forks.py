@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import re
 import shutil
 import ssl
 import subprocess
@@ -95,6 +96,43 @@ def test_an_event_loop_is_forgotten_after_its_requests(pace: Pace) -> None:
         loop = asyncio.run(many())
         gc.collect()
         assert loop() is None
+
+
+CLOSED_LOOPS = """
+import asyncio, gc, logging, sys, time, weakref
+from zamp_sdk import ActionExecutor
+from zamp_sdk.transport import pool
+
+logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # that tasks were destroyed is what this is about
+loops = weakref.WeakSet()
+
+def close_over_requests(url, steps):
+    loop = asyncio.new_event_loop()
+    loops.add(loop)
+    for _ in range(3):
+        loop.create_task(ActionExecutor.execute("act", {}, base_url=url))
+    for _ in range(steps):
+        loop.call_soon(loop.stop)
+        loop.run_forever()
+    loop.close()
+
+for steps in range(40):
+    close_over_requests(sys.argv[1], steps)
+for _ in range(100):
+    gc.collect()
+    if "<Pool: 0 of" in repr(pool.shared_pool()):
+        break
+    time.sleep(0.05)
+print(len(loops), pool.shared_pool())
+"""
+
+
+def test_a_loop_that_is_closed_over_its_requests_is_forgotten_with_them(server: Server) -> None:
+    """Wherever its requests are, a loop that is closed over them keeps no room and no connection, and says nothing."""
+    server.always("GET", running)
+    done = run_script(CLOSED_LOOPS, server.url)
+    assert re.match(r"0 <Pool: 0 of \d+ rooms taken, 0 requests in the line, 0 connections leased", done.stdout)
+    assert "Traceback" not in done.stderr
 
 
 # --- other event loops ------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import pytest
 
+from tests.conftest import run_script
 from zamp_sdk.action_executor import notices
 from zamp_sdk.action_executor.notices import Notice, warn, warn_now_and_then
 
@@ -82,33 +83,56 @@ def test_without_an_event_loop_each_is_told_at_once(caplog: pytest.LogCaptureFix
     assert logged(caplog) == [FIRST, FIRST]
 
 
-def test_a_loop_that_was_stopped_before_it_told_all_loses_none(caplog: pytest.LogCaptureFixture) -> None:
-    """What a stopped loop has still to tell is told by the next one."""
+def test_a_loop_that_is_closed_before_it_told_all_loses_none(caplog: pytest.LogCaptureFixture) -> None:
+    """What a loop has still to tell is told when it is closed, be it the last one of the process."""
 
-    async def leave_two(loop: asyncio.AbstractEventLoop) -> None:
+    async def leave_two() -> None:
         warn(left(0))
         warn(left(1))
         raise KeyboardInterrupt
 
-    async def leave_one() -> None:
-        warn(left(2))
-
-    stopped = asyncio.new_event_loop()
+    loop = asyncio.new_event_loop()
     with pytest.raises(KeyboardInterrupt):
-        stopped.run_until_complete(leave_two(stopped))
-    stopped.close()
-    asyncio.run(leave_one())
-    assert [text for text in logged(caplog) if "act-1" in text] != []
-    assert [text for text in logged(caplog) if "act-2" in text] != []
+        loop.run_until_complete(leave_two())
+    assert logged(caplog) == [FIRST]
+    loop.close()
+    others = "1 more: action act-1, which may go on; to collect a result: collect(ID)"
+    assert logged(caplog) == [FIRST, f"no longer waiting for {others}"]
 
 
-async def test_a_handler_that_raises_stops_nothing() -> None:
+STOPPED = """
+import asyncio
+from zamp_sdk.action_executor.notices import Notice, warn
+
+async def leave():
+    for name in ("act-0", "act-1", "act-2"):
+        warn(Notice("no longer waiting for {}", name))
+    raise KeyboardInterrupt
+
+loop = asyncio.new_event_loop()
+try:
+    loop.run_until_complete(leave())
+except KeyboardInterrupt:
+    loop.stop()
+"""
+
+
+def test_what_no_loop_has_told_is_told_at_the_processes_end() -> None:
+    """A loop that is neither run again nor closed loses nothing either."""
+    done = run_script(STOPPED)
+    told = [line for line in done.stderr.splitlines() if line.startswith("no longer waiting")]
+    assert told == ["no longer waiting for act-0", "no longer waiting for 2 more: act-1, act-2"]
+
+
+async def test_a_handler_that_raises_stops_nothing(caplog: pytest.LogCaptureFixture) -> None:
     """A fault of a logging handler reaches nobody who is being told something else."""
     with handler_that_raises():
         warn(left(0))
         warn(left(1))
         await asyncio.sleep(0)
-    assert notices._moment.loop is None
+    caplog.clear()
+    warn(left(0))
+    assert logged(caplog) == [FIRST]
 
 
 def test_what_many_meet_is_a_warning_once_in_a_minute(

@@ -43,6 +43,7 @@ from zamp_sdk.transport import (
     pool,
     send,
 )
+from zamp_sdk.transport.connections import Route
 
 # --- reuse ------------------------------------------------------------------------------------------------------------
 
@@ -100,6 +101,20 @@ async def test_idle_connections_close_by_themselves(
     assert server.open_connections > 1
     await eventually(lambda: server.open_connections == 0)
     assert pool_is_at_rest()
+
+
+def test_a_connection_is_given_back_where_no_loop_runs(pace: Pace) -> None:
+    """A request whose loop is gone gives its connection back in a thread, say, and others use it."""
+    shared = pool.shared_pool()
+    with Server() as server:
+        asyncio.run(start(server.url))
+        asyncio.run(shared.enter())
+        connection = shared.take(Route(is_tls=False, authority=f"127.0.0.1:{server.port}"), for_start=True)
+        assert connection is not None
+        shared.leave(connection, may_keep=True)
+        assert pool_is_at_rest()
+        asyncio.run(start(server.url))
+        assert server.connections == 1
 
 
 def test_what_one_loop_left_idle_another_one_closes(pace: Pace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,16 @@ def test_cut_short(size: int, end: str) -> None:
     assert Redactor(TOKEN).text(f"seen {TOKEN[:size]}{end}") == f"seen [token]{end}"
 
 
+@pytest.mark.parametrize("end", ["", "...", '"'])
+@pytest.mark.parametrize("form", ["JSON for HTML", "URL", "HTML", "HTML, decimal"])
+def test_cut_short_as_a_format_writes_it(form: str, end: str) -> None:
+    """So is a beginning that a format has escaped, also one that ends within an escape."""
+    token = "tok+en/0123456789/+=&<0123"
+    echo = WRITTEN[form](token)
+    for size in range(len(WRITTEN[form](token[:8])), len(echo)):
+        assert Redactor(token).text(f"seen {echo[:size]}{end}") == f"seen [token]{end}"
+
+
 @pytest.mark.parametrize("text", ["sk_live_ is a prefix", "sk_live_0123 and more", "token", "sk_live..."])
 def test_what_is_no_secret(text: str) -> None:
     """A beginning that is followed by other words, or that is too short, stays."""
@@ -100,16 +110,38 @@ def test_short_credentials_of_a_proxy(credential: str) -> None:
     assert Redactor(TOKEN, ["abc"]).text("abc") == "abc"
 
 
+FOREIGN: dict[str, Callable[[str], str]] = {
+    **WRITTEN,
+    "JSON in UTF-8": lambda text: json.dumps(text, ensure_ascii=False)[1:-1],
+    "UTF-8 read as latin-1": lambda text: text.encode().decode("latin-1"),
+    "latin-1 read as UTF-8": lambda text: text.encode("latin-1").decode(errors="replace"),
+}
+
+
+@pytest.mark.parametrize("form", FOREIGN)
+def test_a_password_that_is_not_ascii(form: str) -> None:
+    """A proxy's password may have any letters, and is found also in text that was read in another charset."""
+    shown = Redactor(TOKEN, ["pässwörd"]).text(f"denied for {FOREIGN[form]('pässwörd')}")
+    assert shown.replace("=", "").replace("%3D", "") == "denied for [token]"
+
+
+def test_a_password_beyond_unicodes_first_plane() -> None:
+    """JSON in ASCII writes such a character as two."""
+    assert Redactor(TOKEN, ["\U0001f600password"]).text(r"denied for \ud83d\uDE00password") == "denied for [token]"
+
+
 def test_a_beginning_that_a_quote_ends() -> None:
     """A text in JSON that ends with the beginning of a secret was cut short."""
     assert Redactor(TOKEN).json({"key": TOKEN[:10]}) == {"key": "[token]"}
 
 
-@pytest.mark.parametrize("text", [TOKEN[:8] * 100_000, TOKEN[:-1] * 30_000, TOKEN[:8] + "." * 800_000, "\\" * 800_000])
+@pytest.mark.parametrize(
+    "text", [TOKEN[:8] * 100_000, TOKEN[:-1] * 30_000, TOKEN[:8] + "." * 800_000, "\\" * 800_000, "\ufffd" * 800_000]
+)
 def test_a_long_text_is_redacted_in_a_moment(text: str) -> None:
     """What is full of beginnings of a secret, or of escapes, takes a time that grows with it and no faster."""
     began = time.process_time()
-    assert TOKEN not in Redactor(TOKEN, ["a" * 40]).text(text)
+    assert TOKEN not in Redactor(TOKEN, ["a" * 40, "é" * 40]).text(text)
     assert time.process_time() - began < 20  # s; where each beginning is compared with all that follows it takes hours
 
 

@@ -166,6 +166,22 @@ def test_utf_8_is_read_whatever_is_declared(declared: str) -> None:
     )
 
 
+def test_a_header_that_ends_like_a_token_without_its_quote() -> None:
+    """Headers are looked through one by one: as JSON, the quote behind one would be taken for the end of a token."""
+    read = replies.read_start(raw({}, 400, x_echo="abcdefgh12"), Redactor('abcdefgh12"'), 0.0)
+    assert read.headers == {"x-echo": "[token]"}
+
+
+@pytest.mark.parametrize("declared", ["idna", "punycode", "undefined", "hex", "utf-16", "mbcs", "_", "aliases", "..."])
+@pytest.mark.parametrize("code", [200, 500])
+def test_text_in_no_charset_is_shown_with_replacements(code: int, declared: str) -> None:
+    """What is no UTF-8 and not in the charset that it declares either, is a problem like others, whatever that is."""
+    read = read_start(b'{"id": "act-\xff\xe9", "error": null}', code, content_type=f"text/html; charset={declared}")
+    assert read.problem is not None
+    assert read.may_retry
+    assert read.action_id is None
+
+
 @pytest.mark.parametrize(
     ("error", "reason"),
     [

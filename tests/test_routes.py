@@ -294,6 +294,7 @@ async def test_a_proxy_url_that_is_none_is_not_quoted(
         "http://:3128",
         "http://[::1:3128",
         f"http://{'x' * 70}:3128",
+        "http://us\udce9r:password@proxy.test:3128",  # an octet that is no UTF-8, as os.environ gives it
     ],
 )
 async def test_a_proxy_that_cannot_be_one_is_named_by_its_variable(

@@ -13,8 +13,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import threading
 import time
+import weakref
 from typing import NamedTuple
 
 logger: logging.Logger = logging.getLogger("zamp_sdk")
@@ -40,14 +40,28 @@ class Notice(NamedTuple):
         return self.fate.format(self.action) + how
 
 
-class _Moment(threading.local):
-    """What this thread's event loop has still to tell, once it has told of the first."""
+class _Moment:
+    """A moment at which actions are left: those of one event loop, until it comes to its next callbacks.
 
-    loop: asyncio.AbstractEventLoop | None = None
-    others: list[Notice]
+    A loop may be closed before (Ctrl-C, up to Python 3.10) or never run again. Its callback alone keeps the moment, so
+    what is still to be told is told when the callback is thrown away, and at the latest when the process ends.
+    """
+
+    def __init__(self) -> None:
+        self.others: list[Notice] = []
+        """What is still to be told, now that the first was."""
+        self._tell = weakref.finalize(self, _warn_of, self.others)
+
+    def end(self) -> None:
+        """Tell it, once."""
+        self._tell()
+
+    @property
+    def has_ended(self) -> bool:
+        return not self._tell.alive
 
 
-_moment = _Moment()
+_moments: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, weakref.ref[_Moment]] = weakref.WeakKeyDictionary()
 
 
 def add_note(exc: BaseException, text: str) -> None:
@@ -63,22 +77,21 @@ def warn(notice: Notice) -> None:
     except RuntimeError:  # it is a coroutine that was thrown away
         _log(str(notice))
         return
-    if _moment.loop is loop:
-        _moment.others.append(notice)
+    known = _moments.get(loop)
+    moment = None if known is None else known()
+    if moment is not None and not moment.has_ended:
+        moment.others.append(notice)
         return
-    _warn_of_others()  # of a loop that was stopped before it came to it
-    _moment.loop, _moment.others = loop, []
-    loop.call_soon(_warn_of_others)
+    moment = _Moment()
+    _moments[loop] = weakref.ref(moment)
+    loop.call_soon(moment.end)
     _log(str(notice))
 
 
-def _warn_of_others() -> None:
-    """Log the others of one moment together: one line for each fate."""
-    if _moment.loop is None:
-        return
-    _moment.loop, others = None, _moment.others
+def _warn_of(notices: list[Notice]) -> None:
+    """Log what has become of several actions together: one line for each fate."""
     kinds: dict[tuple[str, str], list[str]] = {}
-    for notice in others:
+    for notice in notices:
         kinds.setdefault((notice.fate, notice.collect), []).append(notice.action)
     for (fate, collect), actions in kinds.items():
         how = f"; to collect a result: {collect.format('ID')}" if collect else ""

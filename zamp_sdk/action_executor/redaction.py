@@ -5,14 +5,17 @@ as it came or as its own format writes it. So text of a peer goes through a ``Re
 error or a log. Nothing else does: ids, known statuses and this package's own words stay as they are, whatever the token
 may be.
 
-A secret is printable ASCII. It is searched for as it is; percent-encoded (RFC 3986, 2.1), escaped as in JSON (RFC 8259,
-7) or as an HTML character reference, once, each character by itself; and all of that in base64 too, which is how
-``Basic`` sends ``user:password`` (RFC 7617). What a peer cut short (``sk_live_12...``) is found by its beginning. The
-time for that grows with the text and not faster, whatever the text holds.
+A token is printable ASCII; a proxy's password may be any text, and is sent in UTF-8. A secret is searched for as it is;
+percent-encoded (RFC 3986, 2.1), escaped as in JSON (RFC 8259, 7) or as an HTML character reference, once, each
+character by itself; and all of that in base64 too, which is how ``Basic`` sends ``user:password`` (RFC 7617). What is
+not ASCII is also found where the text was read in another charset than it was written in. What a peer cut short
+(``sk_live_12...``) is found by its beginning. The time for that grows with the text and not faster, whatever the text
+holds.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any, Sequence
 
@@ -32,6 +35,8 @@ SHOWN = 200
 
 _NAMED = {'"': "quot", "&": "amp", "'": "apos", "<": "lt", ">": "gt"}
 """The character references that HTML escapes use."""
+
+_PART_OF_AN_ESCAPE = re.compile(r"%[\da-f]?|\\(u[\da-f]{0,3})?|&(#x?[\da-f]*|[a-z]*)", re.ASCII | re.IGNORECASE)
 
 
 class Redactor:
@@ -88,32 +93,45 @@ def _character(character: str) -> str:
     """Return a pattern of all the ways in which a character is written."""
     if character.isascii() and character.isalnum():
         return character  # which no format escapes, and which keeps the search fast
-    code = ord(character)
+    code, octets, units = ord(character), character.encode(), character.encode("utf-16-be")
     ways = [
         "\\\\" + re.escape(character),
-        re.escape(character),
-        "(?i:" + "".join(f"%{octet:02x}" for octet in character.encode()) + ")",
-        f"(?i:\\\\u{code:04x})",
+        "(?i:" + "".join(f"%{octet:02x}" for octet in octets) + ")",
+        "(?i:" + "".join(f"\\\\u{units[at : at + 2].hex()}" for at in range(0, len(units), 2)) + ")",
         f"(?i:&#(?:{code}|x{code:x});)",
     ]
+    if code > 127:  # a head is read as latin-1, and what is no UTF-8 with replacements
+        ways += [re.escape(octets.decode("latin-1")), "\N{REPLACEMENT CHARACTER}"]
     if character == " ":  # in a password
         ways.append(r"\+")
     if character in _NAMED:
-        ways.insert(0, f"&{_NAMED[character]};")
+        ways.append(f"&{_NAMED[character]};")
+    ways.append(re.escape(character))  # the last, for an escape may begin with it
     return f"(?:{'|'.join(ways)})"
 
 
 def _without_cut(text: str, form: str) -> str:
     """Replace what is the beginning of a secret, and then ends as a text does that was cut short."""
-    beginning = form[:SHORTEST_TOKEN]
+    beginning = re.compile("".join(map(_character, form[:SHORTEST_TOKEN])))
     pieces: list[str] = []
-    done, at = 0, text.find(beginning)
-    while at >= 0:
-        end = at + len(beginning)
-        while end < len(text) and end - at < len(form) and text[end] == form[end - at]:
-            end += 1
+    done, match = 0, beginning.search(text)
+    while match:
+        at, end = match.span()
+        for character in form[SHORTEST_TOKEN:]:
+            more = _character_pattern(character).match(text, end)
+            if not more:
+                break
+            end = more.end()
+        is_taken = text[end - 1] in "%\\&"  # what an escape begins with, for a character of the secret
+        part = _PART_OF_AN_ESCAPE.match(text, end - 1 if is_taken else end)
+        end = end if part is None else part.end()
         if end == len(text) or text.startswith(CUT, end):
             pieces += [text[done:at], MASK]
             done = end
-        at = text.find(beginning, max(done, at + 1))
+        match = beginning.search(text, max(done, at + 1))
     return "".join(pieces) + text[done:]
+
+
+@functools.lru_cache(maxsize=128)
+def _character_pattern(character: str) -> re.Pattern[str]:
+    return re.compile(_character(character))

@@ -176,9 +176,8 @@ def _read(raw: transport.Reply, redact: Redactor, now: float) -> tuple[Reply, di
 
 def _unusable(reply: Reply, raw: transport.Reply, redact: Redactor, problem: str, *, may_retry: bool = True) -> Reply:
     """Add why a reply cannot be used, and what an error shows of it."""
-    return reply._replace(
-        problem=problem, may_retry=may_retry, headers=redact.json(dict(raw.headers)), body=redact.text(_text(raw))
-    )
+    headers = {redact.text(name): redact.text(value) for name, value in raw.headers.items()}
+    return reply._replace(problem=problem, may_retry=may_retry, headers=headers, body=redact.text(_text(raw)))
 
 
 def _fields(value: Any) -> dict[str, Any]:
@@ -234,5 +233,5 @@ def _text(raw: transport.Reply, errors: str = "replace") -> str:
     except UnicodeDecodeError:
         try:
             return raw.body.decode(declared[1] if declared else "utf-8", errors=errors)
-        except LookupError:  # no charset that is known here
+        except (LookupError, UnicodeError):  # no charset that is known here, or not what it is in
             return raw.body.decode(errors=errors)

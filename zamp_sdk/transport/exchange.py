@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from .connections import Connection
 from .dialing import OUT_OF_DESCRIPTORS, dial
-from .failures import explain
+from .failures import PeerError, explain
 from .hops import READ, Hops, is_ready
 from .messages import HELD_BACK, Exchange
 from .pool import Pool, shared_pool
@@ -126,6 +126,9 @@ class _Conversation:
         """Send the request as far as the socket takes it, and read the reply if that comes at once."""
         from .sending import open_request
 
+        # The pool has looked, but the hop may have been long in coming here: what has come since is no reply to this.
+        if self._connection.requests and not self._connection.is_quiet():
+            raise PeerError("the peer closed an idle connection, or sent what nobody had asked for")
         open_request(self._connection, self._exchange.request, self._reader, self._send)
 
     def _send(self) -> None:

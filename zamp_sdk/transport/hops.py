@@ -262,15 +262,19 @@ class _Ferry:
         self._depart()
 
 
-_ferries: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Ferry] = weakref.WeakKeyDictionary()
+_ferries: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, weakref.ref[_Ferry]] = weakref.WeakKeyDictionary()
+"""Weak on both sides: a loop has its ferry among its callbacks while there are hops aboard, and hops hold their loop. A
+ferry kept here would keep a loop that was thrown away, and with it its requests, their rooms and their connections."""
 
 
 def _ferry() -> _Ferry:
     """Return the running loop's ferry."""
     loop = asyncio.get_running_loop()
-    ferry = _ferries.get(loop)
+    known = _ferries.get(loop)
+    ferry = None if known is None else known()
     if ferry is None:
-        ferry = _ferries[loop] = _Ferry()
+        ferry = _Ferry()
+        _ferries[loop] = weakref.ref(ferry)
     return ferry
 
 

@@ -101,7 +101,6 @@ class Pool:
         Args:
             connection: The request's connection.
             may_keep: Whether the connection may serve another request; what comes on it until then, ``take`` will see.
-                True only where an event loop runs; where it is False, this can be called in any thread.
         """
         try:
             if connection is not None:
@@ -170,7 +169,10 @@ class Pool:
         """Have an event loop close what is idle for too long, unless one will already; with the lock held."""
         sweeping = None if self._sweeping_loop is None else self._sweeping_loop()
         if self._idle and (sweeping is None or sweeping.is_closed()):
-            loop = asyncio.get_running_loop()
+            try:
+                loop = asyncio.get_running_loop()
+            except RuntimeError:  # a request's loop is gone, and a thread or the garbage collector gives back
+                return
             self._sweeping_loop = weakref.ref(loop)
             loop.call_later(max(0.0, MAX_IDLE - _seconds_idle(self._idle[0])), self._sweep)
 

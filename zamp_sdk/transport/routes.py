@@ -115,6 +115,7 @@ def _through(proxy: str, scheme: str, origin: str) -> Route:
         kind = proxy.partition("://")[0]  # urllib would speak plain HTTP to it
         raise SettingsError(f"{variable} names a {kind}:// proxy, and only http:// proxies can be used")
     try:
+        proxy.encode()  # a variable may hold octets that are no text
         parts = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
         where = parts.netloc.rpartition("@")[2]
         is_cut_short = where.endswith(":")  # as "http:/proxy.example" is: its host would be "http"
