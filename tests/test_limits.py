@@ -21,9 +21,10 @@ from typing import Any, Callable
 
 import pytest
 
-from zamp_sdk import ActionTimeoutError, HttpClientError
-from zamp_sdk.action_executor import executor
+from zamp_sdk import ActionExecutor, ActionTimeoutError, HttpClientError
+from zamp_sdk.action_executor import executor, pacing
 from zamp_sdk.action_executor.pacing import pace_of
+from zamp_sdk.local_platform import LocalPlatform
 
 from .conftest import PROMPT, execute, handle_at, pool_is_at_rest, pool_state, run_script, start
 from .pacing_simulation import Platform
@@ -183,6 +184,30 @@ async def test_nobody_waits_where_nothing_is_refused(caplog: pytest.LogCaptureFi
     pace = pace_of(platform.url, TOKEN)
     assert (pace.is_limiting, pace.waiting, pace._last_ticket) == (False, 0, 0)
     assert "waiting" not in caplog.text
+
+
+async def test_people_are_told_when_a_limit_begins_and_when_it_has_ended(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One warning says that a platform limits how fast it is asked, and one that nobody has had to wait for long."""
+    monkeypatch.setattr(executor, "SOON", 0.01)
+    monkeypatch.setattr(pacing, "QUIET", 0.2)
+    platform = LocalPlatform()
+    platform.action("act")(lambda params: params)
+    with platform:
+
+        async def run() -> None:
+            await ActionExecutor.execute("act", 0, base_url=platform.base_url, auth_token=platform.auth_token)
+
+        platform.fail_next(429)
+        await run()
+        await eventually(lambda: "limits how fast" in caplog.text)
+        await asyncio.sleep(0.25)
+        await run()
+        await run()
+    began, ended = (record.getMessage() for record in caplog.records if record.levelno == logging.WARNING)
+    assert "limits how fast it is asked; waiting: " in began
+    assert ended.endswith("no longer limits how fast it is asked")
 
 
 # --- while they wait --------------------------------------------------------------------------------------------------

@@ -93,7 +93,7 @@ Command line:
                              test_cli.py::test_a_result_that_cannot_be_written_is_exit_code_2
                              test_cli.py::test_a_reader_that_has_gone_away_is_exit_code_141
   130, 143 and 129           test_cli.py::test_a_signal_ends_the_wait_and_says_how_to_collect
-  a second signal            test_cli.py::test_a_second_signal_ends_a_command_that_does_not_end
+  a second signal            test_cli.py::test_a_second_signal_ends_a_command_whose_threads_do_not_end
   ids that begin with a dash test_cli.py::test_the_command_that_collects_works_when_pasted
 Testing your code:
   a failed attempt at worst  test_local_platform.py::test_nothing_an_action_does_ends_the_platform
@@ -129,12 +129,12 @@ Scaling:
                              test_loops_and_forks.py::test_a_loop_that_watches_no_sockets_will_do
   no thread is free          test_hops.py::test_without_a_thread_an_action_goes_on
                              test_loops_and_forks.py::test_threads_that_wait_for_this_very_action_do_not_wait_for_ever
-  a platform that limits     test_executor.py::test_a_platform_that_limits_gets_all_of_them_in_time
+  a platform that limits     test_limits.py::test_all_come_back_whatever_the_limit
                              test_pacing.py::test_first_come_first_served
                              test_pacing.py::test_nobody_goes_before_retry_after_is_over
                              test_pacing.py::test_each_platform_and_token_has_one_pace
                              test_pacing.py::test_simulated_platforms
-  the two warnings           test_executor.py::test_a_platform_that_limits_gets_all_of_them_in_time
+  the two warnings           test_limits.py::test_people_are_told_when_a_limit_begins_and_when_it_has_ended
                              test_pacing.py::test_a_limit_is_forgotten_when_nobody_has_waited_for_a_minute
 Network and logging (docs/troubleshooting.md):
   proxies                    peers/test_tinyproxy.py::test_https_goes_through_a_tunnel

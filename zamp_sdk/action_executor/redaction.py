@@ -93,11 +93,14 @@ def _character(character: str) -> str:
     """Return a pattern of all the ways in which a character is written."""
     if character.isascii() and character.isalnum():
         return character  # which no format escapes, and which keeps the search fast
-    code, octets, units = ord(character), character.encode(), character.encode("utf-16-be")
+    from json import dumps  # a text that is not ASCII it writes as JSON's escapes
+
+    code, octets = ord(character), character.encode()
+    escape = dumps(character)[1:-1] if code > 127 else f"\\u{code:04x}"
     ways = [
         "\\\\" + re.escape(character),
         "(?i:" + "".join(f"%{octet:02x}" for octet in octets) + ")",
-        "(?i:" + "".join(f"\\\\u{units[at : at + 2].hex()}" for at in range(0, len(units), 2)) + ")",
+        f"(?i:{re.escape(escape)})",
         f"(?i:&#(?:{code}|x{code:x});)",
     ]
     if code > 127:  # a head is read as latin-1, and what is no UTF-8 with replacements
