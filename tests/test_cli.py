@@ -591,7 +591,7 @@ def test_a_signal_that_does_not_wake_the_event_loop_is_noticed(tmp_path: Path) -
     with command("serve", "mine:platform", cwd=tmp_path) as server:
         line = server.stdout.readline()  # type: ignore[union-attr]  # a pipe
         variables = {name: value for name, _, value in (pair.partition("=") for pair in line.split()[1:])}
-        assert shell("", "start", "end", **variables)[0] == 0
+        shell("", "start", "end", **variables)  # the server may end before its reply
         server.communicate(timeout=20)
     assert server.returncode == 0
 
