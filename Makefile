@@ -52,8 +52,10 @@ test-peers: $(INSTALLED) ## Run the tests against real programs (nginx, tinyprox
 test-all: $(INSTALLED) ## Run the tests on every Python from 3.9 on that this machine has
 	$(PY) .ci/test_all.py $(PYTEST_ARGS)
 
-soak: $(INSTALLED) ## Run 20,000 actions against a faulty server (1 to 2 minutes)
+soak: $(INSTALLED) ## Run 20,000 actions against a faulty server, cancel 40,000, and keep to a limit (4 minutes)
 	$(PY) -m tests.peers.soak
+	$(PY) -m tests.peers.storm
+	$(PY) -m tests.peers.limits
 
 fuzz: $(INSTALLED) ## Read 40,000 random replies (about a minute at most)
 	$(PY) -m tests.peers.fuzz

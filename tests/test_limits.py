@@ -6,18 +6,13 @@ What each of them does for hours, and at what rate, is simulated in ``test_pacin
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import re
 import sys
-import threading
-import time
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from datetime import timedelta
-from typing import Any, Callable
+from typing import Callable
 
 import pytest
 
@@ -27,92 +22,10 @@ from zamp_sdk.action_executor.pacing import pace_of
 from zamp_sdk.local_platform import LocalPlatform
 
 from .conftest import PROMPT, execute, handle_at, pool_is_at_rest, pool_state, run_script, start
-from .pacing_simulation import Platform
-from .servers import TOKEN, eventually, http_reply
+from .limiting_platform import LimitingPlatform
+from .servers import TOKEN, eventually
 
 ACTIONS = 40
-SECONDS = 0.2  # that an action takes
-
-
-class LimitingPlatform:
-    """A platform whose limit is one of the simulation's; it counts what it takes and what it refuses.
-
-    It runs in a thread and an event loop of its own, so that it answers whatever the test does to its own loop.
-    """
-
-    def __init__(
-        self,
-        *phases: dict[str, Any],
-        retry_after: float | str | None = None,
-        refusal: int = 429,
-        reply: tuple[float, float] = (0.0, 0.0),
-    ) -> None:
-        self.limit = Platform(list(phases), retry_after, reply)
-        self.refusal = refusal
-        self.starts: Counter[Any] = Counter()  # by params
-        self.taken = self.refused = 0
-        self.url = ""
-        self._ends_at: dict[str, float] = {}
-        self._began = 0.0  # at the first request, for a phase begins with it
-        self._loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self._loop.run_forever, name="platform", daemon=True)
-        self._tasks: set[asyncio.Task[Any]] = set()
-
-    def __enter__(self) -> LimitingPlatform:  # noqa: PYI034  # typing.Self came with 3.11
-        self._thread.start()
-        self._server = asyncio.run_coroutine_threadsafe(self._listen(), self._loop).result(PROMPT)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        asyncio.run_coroutine_threadsafe(self._stop(), self._loop).result(PROMPT)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(PROMPT)
-        self._loop.close()
-
-    async def _listen(self) -> asyncio.AbstractServer:
-        server = await asyncio.start_server(self._serve, "127.0.0.1", 0, backlog=512)
-        self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        return server
-
-    async def _stop(self) -> None:
-        self._server.close()
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        task = asyncio.current_task()
-        assert task is not None
-        self._tasks.add(task)
-        with suppress(asyncio.IncompleteReadError, asyncio.CancelledError, OSError):
-            while True:
-                line, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().split("\r\n")
-                headers = {name.lower(): value for name, _, value in (line.partition(":") for line in lines)}
-                body = await reader.readexactly(int(headers.get("content-length", 0)))
-                method, target, _ = line.split(" ")
-                writer.write(await self._answer(method, target, body))
-        writer.close()
-        self._tasks.discard(task)
-
-    async def _answer(self, method: str, target: str, body: bytes) -> bytes:
-        self._began = self._began or time.monotonic()
-        now = time.monotonic() - self._began
-        if not self.limit.takes(now, is_start=method == "POST"):
-            self.refused += 1
-            seconds = self.limit.told_to_wait(now)
-            return http_reply(self.refusal, headers={} if seconds is None else {"Retry-After": f"{seconds:g}"})
-        self.taken += 1
-        await asyncio.sleep(self.limit.reply[0])
-        self.limit.in_flight -= 1
-        if method == "POST":
-            number = json.loads(body)["params"]
-            self.starts[number] += 1
-            self._ends_at[str(number)] = time.monotonic() + SECONDS
-            return http_reply(200, {"id": str(number)})
-        action_id = target.rpartition("/")[2]
-        if time.monotonic() < self._ends_at.get(action_id, 0.0):
-            return http_reply(200, {"id": action_id, "status": "RUNNING"})
-        return http_reply(200, {"id": action_id, "status": "COMPLETED", "result": f"result of {action_id}"})
 
 
 async def execute_all(base_url: str, numbers: range) -> None:
@@ -125,7 +38,7 @@ BUCKET = {"rate": 40, "burst": 30}  # requests a second
 SLOW = {"rate": 60, "burst": 5}
 
 LIMITS = {
-    "a token bucket with Retry-After": lambda: LimitingPlatform(BUCKET, retry_after=1),
+    "a token bucket with Retry-After": lambda: LimitingPlatform(BUCKET, retry_after=0.5),
     "a token bucket without": lambda: LimitingPlatform(BUCKET),
     "so many in each second": lambda: LimitingPlatform({"count": 38, "seconds": 1}, retry_after="rest"),
     "so many in flight, 503": lambda: LimitingPlatform({"at_once": 32}, retry_after=0, refusal=503, reply=(0.2, 0.2)),
@@ -166,7 +79,7 @@ async def main(url, numbers):
 asyncio.run(main(sys.argv[1], range(int(sys.argv[2]), int(sys.argv[3]))))
 """
     halves = (0, ACTIONS // 2), (ACTIONS // 2, ACTIONS)
-    with LimitingPlatform(BUCKET) as platform:
+    with LimitingPlatform({"rate": 40, "burst": 35}) as platform:
         runs = (asyncio.to_thread(run_script, script, platform.url, *half) for half in halves)
         done = await asyncio.gather(*runs)
 

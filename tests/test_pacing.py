@@ -104,6 +104,15 @@ def test_the_first_refusal_tells_what_the_platform_takes() -> None:
     assert pace.rate == pytest.approx(80)
 
 
+def test_few_that_were_taken_say_little() -> None:
+    """Where others have just used up the limit, whoever was taken twice is not held to two requests a second."""
+    pace = limiting(taken=2)
+
+    went_at = go(pace, join(pace, 40, 100.0), 100.0, until=120.0)
+
+    assert max(went_at.values()) < 104
+
+
 def test_refusals_of_one_moment_are_one() -> None:
     """Fifty requests that were under way together and refused cut the rate once."""
     one, fifty = limiting(taken=60), limiting(taken=60)

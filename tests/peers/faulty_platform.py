@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import random
 import socket
 import struct
@@ -18,15 +19,17 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from tests import pacing_simulation
+from tests.servers import server_context
 
 FAULTY = 0.1  # of the requests
 LONGEST_ACTION = 0.3  # s
 SLOW = 1.0  # s
 SILENCE = 0.005  # of the faults, for each keeps a slot of the client busy for 30 s
-LIMIT_FROM, LIMIT_TO, LIMIT_EVERY = 2.0, 7.0, 20.0  # s: when there is a limit, in each so many
+LIMIT_FROM, LIMIT_TO, LIMIT_EVERY = 8.0, 13.0, 20.0  # s: when there is a limit, in each so many
 LIMIT = {"rate": 300, "burst": 100}  # requests a second: less than the soak asks for
 
 # Answers that say: not processed. The action is not started. They are given to what is over the limit, and not at
@@ -213,11 +216,13 @@ class Connection(asyncio.Protocol):
             MANNERS.get(fault or "", plainly)(self.transport, json.dumps(reply).encode())
 
 
-async def serve(seed: int) -> None:
+async def serve(seed: int, certificate: str | None = None) -> None:
     """Listen, say where, and answer until the input ends."""
+    logging.getLogger("asyncio").setLevel(logging.ERROR)  # it warns of each answer to somebody who has gone
     loop = asyncio.get_running_loop()
     platform = Platform(seed)
-    server = await loop.create_server(lambda: Connection(platform), "127.0.0.1", 0, backlog=1024)
+    tls = None if certificate is None else server_context(Path(certificate))
+    server = await loop.create_server(lambda: Connection(platform), "127.0.0.1", 0, backlog=1024, ssl=tls)
     print(server.sockets[0].getsockname()[1], flush=True)
     finished = asyncio.Event()
 
@@ -232,4 +237,4 @@ async def serve(seed: int) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(int(sys.argv[1])))
+    asyncio.run(serve(int(sys.argv[1]), *sys.argv[2:]))

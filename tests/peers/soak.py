@@ -126,9 +126,10 @@ def descriptors() -> int:
 
 
 @contextlib.contextmanager
-def platform(seed: int) -> Iterator[subprocess.Popen[str]]:
-    """Run the faulty platform in a process of its own."""
+def platform(seed: int, certificate: Path | None = None) -> Iterator[subprocess.Popen[str]]:
+    """Run the faulty platform in a process of its own; with a certificate it speaks TLS."""
     command = [sys.executable, "-m", faulty_platform.__name__, str(seed)]
+    command += [] if certificate is None else [str(certificate)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield process

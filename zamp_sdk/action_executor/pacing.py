@@ -15,7 +15,8 @@ sent after the last cut makes another. Then:
 - Nobody is let go before ``Retry-After`` is over. Without one, or with a shorter one, there is a pause of 0.1 s, which
   doubles as long as nothing is taken between two cuts: refusals in a row say when to come back, not how fast to ask.
 - The *peak* is the rate at which the refused request was sent; at the first cut, which has no rate before it, what the
-  platform took in the last second, replies that were still on their way included.
+  platform took in the last second, replies that were still on their way included. If that is few, the curve begins
+  as if they had been 20, for others with the same token may just have used up what there was.
 
 The *curve*. ``t`` seconds after the pause the rate is ``peak * (1 + 0.3 * ((t - 2) / 2) ** 3)``. It begins at 70 % of
 the peak, comes quickly near it, stays there for a while because the limit was there, and then leaves it behind faster
@@ -47,6 +48,9 @@ RATE_MIN = 1.0  # requests a second; whoever takes fewer is met by the pauses
 # Requests a second, where nothing was taken before. 300 actions of 1 s, all refused for a moment at first, then end in
 # 2.1 s, with 100 in 5.7 s. Where it is too many, the next cuts correct it.
 RATE_UNKNOWN = 1000.0
+# Requests a second, where fewer were taken before the first cut. Two processes with 20 actions each, of which one came
+# first, then end in 4 s instead of 10 at 40 a second; with 40, platforms that take only a few refuse more.
+FIRST_PEAK_MIN = 20.0
 SLACK = 0.1  # s whose turns can be made up for when waiters ask late; more would be a burst after a process was frozen
 NAP_SHORTEST, NAP_MIN, NAP_MAX = 0.001, 0.05, 2.0  # s between a waiter's questions: 2,000 waiters take 2 % of a CPU
 QUIET = 60.0  # s without a waiter after which the limit is forgotten: many platforms count by the minute
@@ -166,7 +170,8 @@ class Pace:
 
     def _curve(self, at: float) -> float:
         since = max(0.0, at - self._resumes_at)
-        return max(RATE_MIN, self._peak or RATE_UNKNOWN) * (1 + (1 - FALL) * ((since - RETURN) / RETURN) ** 3)
+        peak = max(FIRST_PEAK_MIN if self._is_first_peak else RATE_MIN, self._peak or RATE_UNKNOWN)
+        return peak * (1 + (1 - FALL) * ((since - RETURN) / RETURN) ** 3)
 
     def _rate(self, at: float) -> float:
         """How many requests a second are let go at a time after the pause."""
