@@ -370,8 +370,8 @@ def _tell_of_start(exc: BaseException, action_name: str, config: SdkConfig, exch
     elif exchange is not None and (lifecycle.may_have_started(answer) if answer else exchange.may_have_left):
         notice = Notice(f"{what} while starting {{}}: it may have started all the same", name)
     elif isinstance(exc, INTERRUPTED):  # which is worth no warning
-        why = "nothing was sent" if exchange is None or answer is None else "it was refused"
-        add_note(exc, f"{what} while starting {name}: {why}, so it has not started")
+        # It may have been sent and refused before.
+        add_note(exc, f"{what} while starting {name}: the platform has not taken it, so it has not started")
         return
     else:
         return
@@ -404,7 +404,7 @@ def _resolve(base_url: str | None, auth_token: str | None) -> SdkConfig:
     return config
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache  # a program that speaks to many in turn would be warned again and again
 def _warn_of_plain_http(base_url: str) -> None:
     """Warn once of each URL to which the token goes in the clear."""
     if not is_this_machine(base_url):
