@@ -8,6 +8,7 @@ import gc
 import re
 import socket
 import threading
+import time
 
 import pytest
 
@@ -37,7 +38,7 @@ from tests.servers import (
     started,
 )
 from zamp_sdk import HttpClientError
-from zamp_sdk.transport import Exchange, Failure, Reply, send
+from zamp_sdk.transport import Exchange, Failure, Reply, pool, send
 
 MANY_MB = "x" * 20_000_000  # far more than sockets buffer
 
@@ -141,6 +142,34 @@ async def test_what_comes_before_a_request_is_sent_is_no_reply_to_it(
     assert has_gone_on.wait(PROMPT)
     assert await second == ACTION_ID
     assert (server.count("POST"), server.connections) == (2, 2)
+
+
+async def test_nothing_more_of_a_cancelled_start_is_sent(pace: Pace) -> None:
+    """A start that is cancelled while half of it is on its way is not sent on, though the socket would take more."""
+    may_read = threading.Event()
+    arrived: list[int] = []
+
+    def read_late(wire: Wire) -> bool:
+        assert may_read.wait(PROMPT)
+        while data := wire.socket.recv(65536):
+            arrived.append(len(data))
+        return False
+
+    with Server() as server:
+        server.always(CONNECT, read_late)
+        task = asyncio.ensure_future(start(server.url, MANY_MB))
+        await eventually(lambda: pool_state().leased == 1)
+        (connection,) = pool.shared_pool()._leased
+        await asyncio.sleep(0.3)  # it has sent as much as the buffers take
+        sent = connection.bytes_sent
+        assert 0 < sent < len(MANY_MB)
+        may_read.set()
+        time.sleep(0.3)  # a busy loop, so that the socket takes more before the cancellation
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        await eventually(lambda: server.open_connections == 0)
+    assert sum(arrived) == sent
 
 
 async def test_large_requests_and_replies_arrive_whole(pace: Pace) -> None:

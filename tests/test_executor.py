@@ -744,3 +744,10 @@ def test_plain_http_is_warned_of(base_url: str, warns: bool, caplog: pytest.LogC
         ActionExecutor.get_handle("act-1", base_url=base_url, auth_token="s3cret")
     assert caplog.text.count("is plain http") == warns
     assert "s3cret" not in caplog.text
+
+
+def test_each_of_many_plain_http_platforms_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    """A program that speaks to many of them in turn is not told again and again."""
+    for base_url in [f"http://tenant-{number}.example.com" for number in range(50)] * 2:
+        ActionExecutor.get_handle("act-1", base_url=base_url, auth_token="s3cret")
+    assert caplog.text.count("is plain http") == 50

@@ -407,7 +407,7 @@ def _resolve(base_url: str | None, auth_token: str | None) -> SdkConfig:
     return config
 
 
-@functools.lru_cache(maxsize=8)
+@functools.cache  # a program that speaks to many in turn would be warned again and again
 def _warn_of_plain_http(base_url: str) -> None:
     """Warn once of each URL to which the token goes in the clear."""
     if not is_this_machine(base_url):

@@ -171,8 +171,12 @@ class _Conversation:
             raise TimeoutError("timed out")
 
     def look_once_more(self) -> None:
-        """In the loop, after a cancellation: a start's reply may have come meanwhile, and nobody can ask again."""
-        if self._exchange.request.method == "POST" and self.has_begun and not self.is_over:
+        """In the loop, after a cancellation: a start's reply may have come meanwhile, and nobody can ask again.
+
+        What has not left by now stays here: half a start is none yet.
+        """
+        is_sent = self.has_begun and not self._connection.has_unsent
+        if self._exchange.request.method == "POST" and is_sent and not self.is_over:
             with contextlib.suppress(OSError):
                 self.proceed(is_last=True)
 
