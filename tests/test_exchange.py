@@ -9,6 +9,7 @@ import re
 import socket
 import threading
 import time
+from typing import Any
 
 import pytest
 
@@ -38,7 +39,7 @@ from tests.servers import (
     started,
 )
 from zamp_sdk import HttpClientError
-from zamp_sdk.transport import Exchange, Failure, Reply, pool, send
+from zamp_sdk.transport import Exchange, Failure, Reply, connections, send
 
 MANY_MB = "x" * 20_000_000  # far more than sockets buffer
 
@@ -144,7 +145,7 @@ async def test_what_comes_before_a_request_is_sent_is_no_reply_to_it(
     assert (server.count("POST"), server.connections) == (2, 2)
 
 
-async def test_nothing_more_of_a_cancelled_start_is_sent(pace: Pace) -> None:
+async def test_nothing_more_of_a_cancelled_start_is_sent(pace: Pace, monkeypatch: pytest.MonkeyPatch) -> None:
     """A start that is cancelled while half of it is on its way is not sent on, though the socket would take more."""
     may_read = threading.Event()
     arrived: list[int] = []
@@ -155,11 +156,18 @@ async def test_nothing_more_of_a_cancelled_start_is_sent(pace: Pace) -> None:
             arrived.append(len(data))
         return False
 
+    made: list[connections.Connection] = []
+
+    def make(*args: Any) -> connections.Connection:
+        made.append(connections.Connection(*args))
+        return made[-1]
+
+    monkeypatch.setattr("zamp_sdk.transport.exchange.Connection", make)
     with Server() as server:
         server.always(CONNECT, read_late)
         task = asyncio.ensure_future(start(server.url, MANY_MB))
-        await eventually(lambda: pool_state().leased == 1)
-        (connection,) = pool.shared_pool()._leased
+        await eventually(lambda: len(made) == 1)
+        (connection,) = made
         await asyncio.sleep(0.3)  # it has sent as much as the buffers take
         sent = connection.bytes_sent
         assert 0 < sent < len(MANY_MB)

@@ -132,7 +132,8 @@ def test_a_loop_that_is_closed_over_its_requests_is_forgotten_with_them(server: 
     server.always("GET", running)
     done = run_script(CLOSED_LOOPS, server.url)
     assert re.match(r"0 <Pool: 0 of \d+ rooms taken, 0 requests in the line, ", done.stdout)
-    assert "Traceback" not in done.stderr
+    if sys.version_info >= (3, 10):  # asyncio itself did not expect it before
+        assert "Traceback" not in done.stderr
 
 
 # --- other event loops ------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ import time
 import traceback
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, AsyncIterator, Callable, Coroutine, NoReturn, Sequence
+from typing import Any, AsyncIterator, Callable, Coroutine, NoReturn, Optional, Sequence
 
 from . import ActionExecutor, ActionHandle, RetryPolicy, __version__
 from .action_executor import executor
@@ -56,7 +56,7 @@ WORDS: dict[str, str] = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run one command and return its exit code; in the main thread, for it handles signals."""
     _prepare_streams()
     logging.basicConfig(handlers=[_Log()], format="zamp-sdk: %(message)s")
