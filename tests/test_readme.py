@@ -116,7 +116,7 @@ Testing your code:
   serve in a script          test_cli.py::test_serve_in_a_script
                              test_cli.py::test_serve_ends_well_when_it_is_asked_to
 Scaling:
-  64 and 256 connections     test_pool.py::test_quick_replies_need_64_connections
+  64 and 256 connections     test_pool.py::test_room_follows_the_quickest_of_the_last_replies
                              test_pool.py::test_slow_replies_are_given_more_connections
                              test_pool.py::test_room_follows_the_quickest_of_the_last_replies
                              test_pool.py::test_connections_take_a_quarter_of_the_descriptors_at_most
