@@ -17,7 +17,7 @@ from collections.abc import Generator
 from pathlib import Path
 from typing import Any, Optional
 
-from zamp_sdk.action_executor.lifecycle import backoff, poll_interval
+from zamp_sdk.action_executor.lifecycle import BACKOFF_MIN, backoff, poll_interval
 from zamp_sdk.action_executor.pacing import RETRY_AFTER_MAX, Pace
 
 CASES: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "pacing.json").read_text(encoding="utf-8"))
@@ -34,7 +34,8 @@ class Platform:
     """A platform whose limit may change; the last of its phases lasts for ever.
 
     A phase has ``until`` (s), and a limit or none: ``rate`` (requests a second) and ``burst`` are a token bucket,
-    ``count`` and ``seconds`` a window, ``at_once`` is of requests in flight, and ``refuses`` is "all" or "starts".
+    ``count`` and ``seconds`` a window, ``at_once`` is of requests in flight, ``refuses`` is "all" or "starts", and
+    ``strays`` is the share of requests that are refused at random.
     """
 
     def __init__(
@@ -50,6 +51,7 @@ class Platform:
         self.tokens = self.filled_at = 0.0
         self.window, self.in_window = -1, 0
         self.in_flight = 0
+        self.random = random.Random(0)
 
     def takes(self, now: float, *, is_start: bool) -> bool:
         """Whether a request that comes now is taken; it has to be given back to ``in_flight``."""
@@ -62,6 +64,8 @@ class Platform:
         return True
 
     def _takes(self, phase: dict[str, Any], now: float, *, is_start: bool) -> bool:
+        if "strays" in phase:
+            return bool(self.random.random() >= phase["strays"])
         if "refuses" in phase:
             return phase["refuses"] == "starts" and not is_start
         if "at_once" in phase:
@@ -202,10 +206,15 @@ class Process:
                     simulation.longest_refused = max(simulation.longest_refused, handled_at - first_refused)
                 return handled_at
             simulation.refused += 1
-            self.closed_until = max(self.closed_until, simulation.now + min(retry_after or 0.0, RETRY_AFTER_MAX))
             first_refused = simulation.now if first_refused is None else first_refused
-            if refusals:
-                yield backoff(refusals, simulation.random.random())
+            if pace.is_kept(sent_at):
+                self.closed_until = max(self.closed_until, simulation.now + min(retry_after or 0.0, RETRY_AFTER_MAX))
+                if refusals:
+                    yield backoff(refusals, simulation.random.random())
+            elif retry_after is None:
+                yield backoff(refusals + 1, simulation.random.random())
+            else:
+                yield min(max(retry_after, BACKOFF_MIN), RETRY_AFTER_MAX)
         return None
 
     def _connection(self) -> Waiting:

@@ -54,6 +54,8 @@ class Simulation:
     def __init__(self, answer: Callable[[Simulation], Answer], *, round_trip: float = 0.0, jitter: float = 0.5) -> None:
         self.now = 1000.0
         self.in_line = 0.0
+        self.is_limited = False
+        """Whether refusals are for all to heed, so that a pace keeps their Retry-After."""
         self.sent: list[float] = []
         self.slept: list[float] = []
         self.warnings: list[str] = []
@@ -86,6 +88,8 @@ class Simulation:
                 assert len(self.sent) < 10_000
                 came = self._answer(self)
                 answer = came if isinstance(came, Failure) else step.read(came, REDACT, 0.0)
+                if self.is_limited and isinstance(answer, Reply):
+                    answer = answer._replace(is_paced=lifecycle.is_refusal(answer))
                 self.now += self._round_trip
             else:
                 assert step.seconds >= 0
@@ -173,11 +177,21 @@ def test_a_refused_request_goes_back_to_the_line(told: str) -> None:
     """Who is refused asks again at once, and after a backoff from the second time on: the line keeps Retry-After."""
     refused = reply(429, retry_after=told)
     simulation = in_turn(refused, refused, refused, STARTED)
+    simulation.is_limited = True
     simulation.start()
     assert simulation.slept == [0.0, 0.25, 0.5]
     simulation = in_turn(refused, refused, refused, COMPLETED)
+    simulation.is_limited = True
     simulation.follow()
     assert simulation.slept == [0.0, 0.25, 0.5]
+
+
+@pytest.mark.parametrize(("told", "waits"), [("0", 0.5), ("7", 7.0), ("3600", 120.0)])
+def test_who_alone_is_refused_waits_as_long_as_it_asks(told: str, waits: float) -> None:
+    """Where a refusal tells of no limit, so that nobody else heeds it, who met it waits as Retry-After says."""
+    simulation = in_turn(reply(429, retry_after=told), reply(429), STARTED)
+    simulation.start()
+    assert simulation.slept == [waits, 0.5]
 
 
 def test_waiting_for_a_turn_counts_against_no_failure() -> None:
@@ -309,9 +323,7 @@ def test_a_poll_survives(answer: Answer) -> None:
     """A failure that may pass costs a wait, and the result still comes."""
     simulation = in_turn(RUNNING, answer, answer, answer, COMPLETED)
     assert simulation.follow().result == 1
-    waits = [0.25, 0.5, 1.0]  # full jitter of 0.5: half of 0.5, 1 and 2 s
-    is_refusal = isinstance(answer, transport.Reply) and answer.status_code == 429
-    assert simulation.slept[1:] == ([0.0, *waits[:2]] if is_refusal else waits)
+    assert simulation.slept[1:] == [0.25, 0.5, 1.0]  # full jitter of 0.5: half of 0.5, 1 and 2 s
 
 
 @pytest.mark.parametrize("answer", PASSING)

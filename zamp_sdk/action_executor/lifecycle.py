@@ -258,9 +258,9 @@ def backoff(failures: int, jitter: float) -> float:
 def _wait_after(answer: Answer, failures: int, jitter: float) -> float:
     """Seconds to wait after so many failures in a row: as the platform asks, within bounds, or by the backoff.
 
-    Who was refused takes a place in the line again, where ``Retry-After`` is kept for all; a second time, a bit later.
+    Who was refused takes a place in the line again where ``Retry-After`` is kept for all; a second time, a bit later.
     """
-    if isinstance(answer, Reply) and is_refusal(answer):
+    if isinstance(answer, Reply) and answer.is_paced:
         return backoff(failures - 1, jitter) if failures > 1 else 0.0
     if isinstance(answer, Reply) and answer.retry_after is not None:
         return min(max(answer.retry_after, BACKOFF_MIN), RETRY_AFTER_MAX)

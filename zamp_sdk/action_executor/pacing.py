@@ -6,12 +6,14 @@ The pace counts how many of the line it has let go, and a waiter's turn has come
 So nobody depends on another waiter: not on one in another thread, nor on one whose event loop has stopped. A lock
 guards each call, and nobody holds it while waiting.
 
-A *refusal* is a 429, or a 503 with ``Retry-After``. Until the first one a pace only counts what the platform takes, and
+A *refusal* is a 429, or a 503 with ``Retry-After``. Until the first cut a pace only counts what the platform takes, and
 nobody waits. From then on there is a line, first come, first served, and a rate at which it moves.
 
 The *cut*. Fifty requests that were under way together may be refused for one reason. So only the refusal of what was
 sent after the last cut makes another. Then:
 
+- A refusal is *stray* if no more than one in ten of the last second's replies is one: of a replica that is out of
+  order, say. It cuts nothing, for less speed would not help; who met it waits as long as it asks.
 - Nobody is let go before ``Retry-After`` is over. Without one, or with a shorter one, there is a pause of 0.1 s, which
   doubles as long as nothing is taken between two cuts: refusals in a row say when to come back, not how fast to ask.
 - The *peak* is the rate at which the refused request was sent; at the first cut, which has no rate before it, what the
@@ -36,11 +38,15 @@ import os
 import threading
 
 # The figures are of tests/pacing_simulation.py.
+# Of the last second's replies: refusals that are fewer tell of no limit. Where 1.5 % are refused at random, actions
+# take about as long as without; if each refusal made a cut, they would take ten times as long. At a limit, 10 % of the
+# requests are refused in the long run, and with 0.05 it is 7 %.
+STRAY = 0.1
 FALL = 0.7  # of the peak is where the curve begins (RFC 9438, section 4.6); with 0.6 or 0.8 all is much the same
-# s from there to the peak. At 100 a second 4 % are refused, and a limit that has gone is left behind in 7 s; with 1 s
-# it is 7 % and 3 s, with 4 s it is 3 % and 15 s.
+# s from there to the peak. At 100 a second 10 % are refused, and a limit that has gone is left behind in 7 s; with 1 s
+# it is 14 % and 3 s, with 4 s it is 6 % and 15 s.
 RETURN = 2.0
-RAMP = 0.25  # s in which the rate rises from nothing: an outage of a minute refuses 3 %, with 0.1 s twice as many
+RAMP = 0.25  # s in which the rate rises from nothing: an outage of a minute refuses 5 %, with 0.1 s twice as many
 PAUSE_MIN = 0.1  # s: short, because a platform may refuse for a moment only
 PAUSE_MAX = 5.0  # s: the end of a long outage is noticed within it
 RETRY_AFTER_MAX = 120.0  # s that a platform may tell its callers to wait
@@ -80,6 +86,11 @@ class Pace:
         self._waited_at = -math.inf
         self._counting_since = -math.inf  # the second before it is `_taken_before`
         self._taken = self._taken_before = 0
+        self._refused = self._refused_before = 0
+
+    def is_kept(self, sent_at: float) -> bool:
+        """Whether the refusal of what was sent then is known, so that its ``Retry-After`` is kept for all."""
+        return self.cut_at >= sent_at
 
     @property
     def waiting(self) -> int:
@@ -134,7 +145,7 @@ class Pace:
             Whether ``is_limiting`` has changed, which is worth a line in the log.
         """
         if not is_refused and not self.is_limiting:  # without the lock: two threads may lose a count, and no more
-            self._count(now)
+            self._count(now, taken=1)
             return False
         with self._lock:
             if is_refused:
@@ -142,7 +153,7 @@ class Pace:
             return self._learn_taken(sent_at, now)
 
     def _learn_taken(self, sent_at: float, now: float) -> bool:
-        self._count(now)
+        self._count(now, taken=1)
         if sent_at > self._peaked_at:
             self._has_taken = True
         elif self._is_first_peak:
@@ -153,8 +164,12 @@ class Pace:
         return has_ended
 
     def _learn_refused(self, sent_at: float, now: float, retry_after: float) -> bool:
+        self._count(now, refused=1)
         if self.is_limiting and sent_at <= self.cut_at:
             self._resumes_at = max(self._resumes_at, now + retry_after)
+            return False
+        refused, taken = self._recently(now, self._refused, self._refused_before), self._recently_taken(now)
+        if refused <= STRAY * (refused + taken):
             return False
         has_begun = not self.is_limiting
         if has_begun or self._has_taken:
@@ -192,18 +207,23 @@ class Pace:
         if self._let_go == self._last_ticket:
             self._credit = min(self._credit, 1.0)  # a quiet time saves up one turn, and no burst
 
-    def _count(self, now: float) -> None:
+    def _count(self, now: float, *, taken: int = 0, refused: int = 0) -> None:
         if now - self._counting_since >= 1:
-            self._taken_before = self._taken if now - self._counting_since < 2 else 0
-            self._counting_since, self._taken = now, 0
-        self._taken += 1
+            has_gap = now - self._counting_since >= 2
+            self._taken_before, self._refused_before = (0, 0) if has_gap else (self._taken, self._refused)
+            self._counting_since, self._taken, self._refused = now, 0, 0
+        self._taken += taken
+        self._refused += refused
 
     def _recently_taken(self, now: float) -> float:
-        """How many requests were taken in the last second, if those of the second before came evenly."""
+        return self._recently(now, self._taken, self._taken_before)
+
+    def _recently(self, now: float, count: int, before: int) -> float:
+        """How many of these there were in the last second, if those of the second before came evenly."""
         since = now - self._counting_since
         if since < 1:
-            return self._taken + self._taken_before * (1 - since)
-        return self._taken * max(0.0, 2 - since)
+            return count + before * (1 - since)
+        return count * max(0.0, 2 - since)
 
 
 def pace_of(base_url: str, auth_token: str) -> Pace:

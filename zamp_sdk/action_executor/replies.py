@@ -37,6 +37,8 @@ class Reply(NamedTuple):
     """Bytes of the body."""
     retry_after: float | None = None
     """Seconds that the platform asks to wait."""
+    is_paced: bool = False
+    """Whether all who ask the platform wait so long, so that who was refused only needs a place in their line."""
     problem: str | None = None
     """Why it cannot be used."""
     may_retry: bool = True

@@ -36,12 +36,12 @@ FEWEST_ROOMS = 64
 default. (While a host's addresses are tried side by side, one of them may have a few sockets.)"""
 
 MOST_ROOMS = 256
-"""Connections where replies take 100 ms and more, if that is no more than a quarter of the descriptors that the process
+"""Connections where replies take 140 ms and more, if that is no more than a quarter of the descriptors that the process
 may open."""
 
-REQUESTS_PER_SECOND = 2560
-"""What the connections should carry together: about what one event loop can do. Rooms are this many times the seconds
-that a reply takes, so 64 of them are enough up to 25 ms."""
+REQUESTS_PER_SECOND = 1800
+"""What the connections should carry together: about what one event loop does on a busy machine. Rooms are this many
+times the seconds that a reply takes, so 64 of them are enough up to 35 ms."""
 
 REPLIES = 64
 """Replies that are looked back upon. What counts is the quickest of them: the average rises with our own load. As long
