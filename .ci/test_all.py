@@ -19,7 +19,7 @@ from tests.pythons import pythons  # noqa: E402  # the path comes first
 
 VENVS = ROOT / ".venvs"
 
-# Two Pythons at a time: one's installation mostly waits while the other's tests run.
+# Two Pythons at a time, with three processes each: installations and most tests wait more than they work.
 AT_A_TIME = 2
 
 
@@ -43,7 +43,7 @@ def test(version: str, interpreter: Path) -> bool:
         )
         # Where there is no wheel of these, the tests that need them are skipped.
         run(*install, "--only-binary", ":all:", "--group", "loops")
-        pytest = (python, "-m", "pytest", "-p", "no:cacheprovider", "-n", "2", "--dist", "worksteal")
+        pytest = (python, "-m", "pytest", "-p", "no:cacheprovider", "-n", "3", "--dist", "worksteal")
         passed = is_ready and run(*pytest, *sys.argv[1:])
     lines = log.read_text(errors="replace").splitlines() or ["no output"]
     report = f"Python {version}: {lines[-1].strip('= ')} ({time.monotonic() - started:.0f} s in all)"
