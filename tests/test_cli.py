@@ -739,7 +739,8 @@ def test_a_result_that_cannot_be_written_is_exit_code_2(
     """Where stdout is full or closed, the message has the command that collects the result, which works."""
     code, out, err = shell(redirection, name, "echo", "[1]")
     assert (code, out) == (2, "")
-    first, second = err.splitlines(keepends=True)
+    first, second, *more = err.splitlines(keepends=True)
+    assert more == []
     assert first == f"zamp-sdk: cannot write to stdout: {reason}\n"
     collect = re.fullmatch(COLLECT, second)
     assert collect is not None
