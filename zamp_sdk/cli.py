@@ -65,7 +65,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     arguments = argparse.Namespace(run=None, owed=None, received=None)
     try:
         code = _run(argv, arguments)
-        sys.stdout.flush()
+        if code == 0:  # or else it is told already what went wrong, with the output, too
+            sys.stdout.flush()
     except EXPECTED as exc:
         code = _tell_the_end(exc, arguments)
     try:
