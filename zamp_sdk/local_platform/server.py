@@ -50,7 +50,8 @@ class Server(ThreadingTCPServer):  # an HTTPServer would look up this machine's 
         answer: Callable[[RecordedRequest, int], dict[str, Any]],
     ) -> None:
         super().__init__(("127.0.0.1", port), _Handler)
-        self.admit, self.answer = admit, answer
+        self.admit: Callable[[RecordedRequest], int] = admit
+        self.answer: Callable[[RecordedRequest, int], dict[str, Any]] = answer
         self._open: set[socket.socket] = set()
         self._workers: weakref.WeakSet[threading.Thread] = weakref.WeakSet()  # the threads that run
 
