@@ -655,7 +655,8 @@ def test_by_default_a_person_sees_the_id(interruption: str, platform: LocalPlatf
     told = rf"(no longer waiting for action|TimeoutError: action) act\w+ .*{collect}$"
     warnings = re.findall(told, done.stderr, re.MULTILINE)
     notes = sys.version_info >= (3, 11) and interruption in NOTED
-    assert len(warnings) == 1 + notes, done.stderr
+    most = 2 if interruption == "many" else 1  # what is cancelled in the loop's next round is another moment
+    assert 1 + notes <= len(warnings) <= most + notes, done.stderr
     ids = {request.path.rpartition("/")[2] for request in platform.requests if request.method == "GET"}
     assert [action_id for action_id in ids if action_id not in done.stderr] == []
     assert len(done.stderr.splitlines()) < 60
