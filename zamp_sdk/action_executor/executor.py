@@ -486,7 +486,8 @@ class _Driver:
             )
             if has_changed:
                 _tell_of_pace(self._pace, self._config.base_url, answer.retry_after)
-            answer = answer._replace(is_paced=is_refused and self._pace.is_kept(exchange.sent_at))
+            if is_refused:
+                answer = answer._replace(is_paced=self._pace.is_kept(exchange.sent_at))
         reply: lifecycle.Answer = answer
         return reply
 
