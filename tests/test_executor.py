@@ -30,7 +30,7 @@ from zamp_sdk import (
     MissingConfigError,
     RetryPolicy,
 )
-from zamp_sdk.action_executor import executor, lifecycle
+from zamp_sdk.action_executor import executor, lifecycle, notices
 from zamp_sdk.action_executor.replies import Reply
 from zamp_sdk.local_platform import LocalPlatform
 from zamp_sdk.transport import pool
@@ -478,16 +478,22 @@ async def test_a_logging_handler_that_raises_loses_no_id(platform: LocalPlatform
 
 
 async def test_many_that_are_cancelled_at_once_are_told_in_two_lines(
-    platform: LocalPlatform, caplog: pytest.LogCaptureFixture
+    platform: LocalPlatform, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where one of many fails and the rest are cancelled, there are two lines, and every id is in one of them."""
+    monkeypatch.setattr(notices, "MOMENT", 1.0)  # enough for 30 on a busy machine
     handles = [await ActionExecutor.start("wait", 30) for _ in range(30)]
     tasks = [asyncio.ensure_future(handle.result()) for handle in handles]
     await asyncio.sleep(0.05)
     for task in tasks:
         task.cancel()
     await asyncio.wait(tasks)
-    first, second = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+    def told() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+
+    await eventually(lambda: len(told()) > 1)
+    first, second = told()
     assert re.match(r"no longer waiting for action act\w+ \(wait\), which may go on; to collect its result: ", first)
     assert second.startswith("no longer waiting for 29 more: action act")
     assert "which may go on; to collect a result: await ActionExecutor.get_handle(ID, base_url='http://" in second
@@ -655,7 +661,7 @@ def test_by_default_a_person_sees_the_id(interruption: str, platform: LocalPlatf
     told = rf"(no longer waiting for action|TimeoutError: action) act\w+ .*{collect}$"
     warnings = re.findall(told, done.stderr, re.MULTILINE)
     notes = sys.version_info >= (3, 11) and interruption in NOTED
-    most = 2 if interruption == "many" else 1  # what is cancelled in the loop's next round is another moment
+    most = 4 if interruption == "many" else 1  # on a busy machine the 20 are not left within one moment
     assert 1 + notes <= len(warnings) <= most + notes, done.stderr
     ids = {request.path.rpartition("/")[2] for request in platform.requests if request.method == "GET"}
     assert [action_id for action_id in ids if action_id not in done.stderr] == []

@@ -56,10 +56,12 @@ async def test_the_first_is_told_at_once_and_the_others_in_one_line(caplog: pyte
     for number in range(4):
         warn(left(number))
     assert logged(caplog) == [FIRST]
-    await asyncio.sleep(0)
-    others = "3 more: action act-1, action act-2, action act-3, which may go on; to collect a result: collect(ID)"
+    await asyncio.sleep(0)  # it had to end a request first
+    warn(left(4))
+    await asyncio.sleep(2 * notices.MOMENT)
+    ids = "action act-1, action act-2, action act-3, action act-4"
+    others = f"4 more: {ids}, which may go on; to collect a result: collect(ID)"
     assert logged(caplog) == [FIRST, f"no longer waiting for {others}"]
-    await asyncio.sleep(0)
     warn(left(0))
     assert logged(caplog)[2:] == [FIRST]
 
@@ -68,7 +70,7 @@ async def test_each_fate_has_a_line(caplog: pytest.LogCaptureFixture) -> None:
     """Actions that started and starts in doubt are told apart."""
     for notice in (left(0), doubtful("a"), left(1), doubtful("b")):
         warn(notice)
-    await asyncio.sleep(0)
+    await asyncio.sleep(2 * notices.MOMENT)
     assert logged(caplog) == [
         FIRST,
         "cancelled while starting 2 more: action 'a', action 'b'",
@@ -129,7 +131,7 @@ async def test_a_handler_that_raises_stops_nothing(caplog: pytest.LogCaptureFixt
     with handler_that_raises():
         warn(left(0))
         warn(left(1))
-        await asyncio.sleep(0)
+        await asyncio.sleep(2 * notices.MOMENT)
     caplog.clear()
     warn(left(0))
     assert logged(caplog) == [FIRST]

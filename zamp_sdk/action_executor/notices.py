@@ -2,8 +2,8 @@
 
 *An action that nobody waits for any more.* The exception gets a note (Python 3.11), and the log a warning, which
 reaches stderr where nobody has set logging up. Many actions may be left at one moment, as where a TaskGroup or
-``asyncio.run`` cancels all tasks. The first of them is told at once, the others together: one line, with each id, as
-soon as the event loop comes to it.
+``asyncio.run`` cancels all tasks, and some of them have a request to end first. The first is told at once, the others
+of the next tenth of a second together: one line, with each id.
 
 *What a platform does to all who ask it.* One warning in a minute stands for all of them; the rest are for DEBUG.
 """
@@ -23,6 +23,9 @@ logger: logging.Logger = logging.getLogger("zamp_sdk")
 NOW_AND_THEN = 60.0
 """Seconds between two warnings of one subject: a person has read the last one, and wants to know that it goes on."""
 
+MOMENT = 0.1
+"""Seconds in which actions count as left together: a person takes it for one event."""
+
 
 class Notice(NamedTuple):
     """What has become of an action; ``{}`` in ``fate`` and in ``collect`` stands for it."""
@@ -41,10 +44,10 @@ class Notice(NamedTuple):
 
 
 class _Moment:
-    """A moment at which actions are left: those of one event loop, until it comes to its next callbacks.
+    """A moment at which actions of one event loop are left.
 
-    A loop may be closed before (Ctrl-C, up to Python 3.10) or never run again. Its callback alone keeps the moment, so
-    what is still to be told is told when the callback is thrown away, and at the latest when the process ends.
+    A loop may be closed before the moment ends, as ``asyncio.run`` does, or never run again. The timer alone keeps the
+    moment, so what is still to be told is told when that is thrown away, and at the latest when the process ends.
     """
 
     def __init__(self) -> None:
@@ -84,7 +87,7 @@ def warn(notice: Notice) -> None:
         return
     moment = _Moment()
     _moments[loop] = weakref.ref(moment)
-    loop.call_soon(moment.end)
+    loop.call_later(MOMENT, moment.end)
     _log(str(notice))
 
 
