@@ -381,9 +381,23 @@ async def test_what_a_loop_fails_to_watch_it_watches_no_longer(monkeypatch: pyte
     monkeypatch.setattr(loop, "add_writer", fail)
     ours, theirs = socket.socketpair()
     with ours, theirs:
+        ours.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                ours.send(bytes(65536))  # until it takes no more
         with pytest.raises(OSError, match="No space"):
             await hops.Hops(1.0).until_ready(ours, events=hops.READ + hops.WRITE)
         assert not loop.remove_reader(ours)
+
+
+async def test_what_is_ready_is_not_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has come while others crossed is seen by one look: to have the loop watch costs several times as much."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(b"x")
+        with monkeypatch.context() as patch:
+            patch.setattr(asyncio.get_running_loop(), "add_reader", None)
+            assert await hops.Hops(1.0).until_ready(ours, events=hops.READ)
 
 
 # --- where there is no thread, the loop does it -----------------------------------------------------------------------

@@ -119,6 +119,8 @@ class Hops:
             events: READ, WRITE, or their sum.
             seconds: How long to wait at most; the deadline holds in any case.
         """
+        if is_ready(sockets, events):
+            return True  # as after a crossing with others; to have the loop watch costs several times as much
         loop = asyncio.get_running_loop()
         filenos = [sock.fileno() for sock in sockets]
         ready: asyncio.Future[bool] = loop.create_future()
