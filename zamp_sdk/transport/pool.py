@@ -24,7 +24,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Callable
 
 from .connections import Connection
 
@@ -36,16 +36,19 @@ FEWEST_ROOMS = 64
 default. (While a host's addresses are tried side by side, one of them may have a few sockets.)"""
 
 MOST_ROOMS = 256
-"""Connections where replies take 140 ms and more, if that is no more than a quarter of the descriptors that the process
-may open."""
+"""Connections that there may be where replies take long, if that is no more than a quarter of the descriptors that the
+process may open."""
 
-REQUESTS_PER_SECOND = 1800
-"""What the connections should carry together: about what one event loop does on a busy machine. Rooms are this many
-times the seconds that a reply takes, so 64 of them are enough up to 35 ms."""
+QUICK, SLOW = 0.05, 0.1
+"""Seconds that a reply takes where the fewest connections are enough (they carry 1,280 requests a second, about what an
+event loop does), and where there may be the most; in between there are more in proportion."""
 
-REPLIES = 64
-"""Replies that are looked back upon. What counts is the quickest of them: the average rises with our own load. As long
-as there are fewer, as in a burst that just begins, our own load may be all that is seen."""
+LAST_REPLIES = 64
+"""Replies that are looked back upon. What counts is the quickest of them: the average rises with our own load."""
+
+FIRST_REPLIES = 16
+"""Replies that have to be known before there are more connections: the first one of a process, or of a platform that
+has slept, may take long by itself."""
 
 MAX_IDLE = 10.0
 """Seconds after which an idle connection is closed: longer than most pauses between polls, and well under the 60 and 75
@@ -65,7 +68,7 @@ class Pool:
         self._rooms = FEWEST_ROOMS
         self._rooms_taken = 0
         self._most_rooms = _most_rooms()
-        self._reply_times: deque[float] = deque(maxlen=REPLIES)
+        self._reply_times: deque[float] = deque(maxlen=LAST_REPLIES)
         self._idle: list[Connection] = []  # the longest idle first
         self._sweeping_loop: weakref.ref[asyncio.AbstractEventLoop] | None = None
 
@@ -130,9 +133,9 @@ class Pool:
         """Take notice of how long a reply took, and make as much room as that asks for."""
         with self._lock:
             self._reply_times.append(seconds)
-            quickest = min(self._reply_times) if len(self._reply_times) == REPLIES else 0.0
-            wanted = int(REQUESTS_PER_SECOND * quickest)
-            self._rooms = max(FEWEST_ROOMS, min(wanted, self._most_rooms))
+            quickest = min(self._reply_times) if len(self._reply_times) >= FIRST_REPLIES else 0.0
+            share = min(1.0, max(0.0, (quickest - QUICK) / (SLOW - QUICK)))
+            self._rooms = FEWEST_ROOMS + round(share * (self._most_rooms - FEWEST_ROOMS))
             self._admit()
 
     def close_idle(self) -> bool:
@@ -151,7 +154,7 @@ class Pool:
             waiter.has_room = not waiter.loop.is_closed()
             if waiter.has_room:
                 with contextlib.suppress(RuntimeError):  # closed just now: its tasks are collected, and give it back
-                    waiter.loop.call_soon_threadsafe(waiter.call)
+                    _call_in(waiter.loop, waiter.call)
             else:
                 self._rooms_taken -= 1
 
@@ -200,6 +203,18 @@ class _Waiter:
         """In its own loop: wake its request."""
         if not self.called.done():  # it may have been cancelled
             self.called.set_result(None)
+
+
+def _call_in(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) -> None:
+    """Have an event loop call back; raises RuntimeError if it is closed."""
+    try:
+        is_here = asyncio.get_running_loop() is loop
+    except RuntimeError:  # it is a thread without one
+        is_here = False
+    if is_here:
+        loop.call_soon(callback)  # to wake it would cost two system calls
+    else:
+        loop.call_soon_threadsafe(callback)
 
 
 def _seconds_idle(connection: Connection) -> float:
