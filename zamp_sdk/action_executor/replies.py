@@ -85,7 +85,8 @@ def is_action_id(value: Any) -> bool:
     return (
         isinstance(value, str)
         and value not in ("", ".", "..")
-        and not any(char in "/\\?#%" or char.isspace() or not char.isprintable() for char in value)
+        and value.isprintable()
+        and not any(char in value for char in " /\\?#%")
     )
 
 
