@@ -207,7 +207,7 @@ class Process:
                 return handled_at
             simulation.refused += 1
             first_refused = simulation.now if first_refused is None else first_refused
-            if pace.is_kept(sent_at):
+            if pace.has_cut_since(sent_at):
                 self.closed_until = max(self.closed_until, simulation.now + min(retry_after or 0.0, RETRY_AFTER_MAX))
                 if refusals:
                     yield backoff(refusals, simulation.random.random())
@@ -227,7 +227,7 @@ class Process:
             else:
                 self.without_connection.append(self.simulation.running)
                 yield None
-            if let_go_at >= self.pace.cut_at:
+            if not self.pace.has_cut_since(let_go_at):
                 return
             self._release()
 

@@ -123,9 +123,9 @@ def test_few_refusals_among_many_are_no_limit() -> None:
         pace.learn(99.1, 99.2 + 0.7 * number / 90)
     for number in range(10):
         assert not pace.learn(99.9, 100.0 + number / 1e4, is_refused=True, retry_after=9)
-    assert (pace.is_limiting, pace.is_kept(99.9), pace.join(100.1)) == (False, False, None)
+    assert (pace.is_limiting, pace.has_cut_since(99.9), pace.join(100.1)) == (False, False, None)
     assert pace.learn(99.9, 100.0, is_refused=True, retry_after=9)
-    assert (pace.is_limiting, pace.is_kept(99.9), pace.is_kept(100.1)) == (True, True, False)
+    assert (pace.is_limiting, pace.has_cut_since(99.9), pace.has_cut_since(100.1)) == (True, True, False)
 
 
 def test_refusals_of_one_moment_are_one() -> None:

@@ -475,8 +475,8 @@ class _Driver:
         answer: Any = HELD_BACK
         while answer is HELD_BACK:  # for the platform has refused others while this one waited for room
             await self._wait_for_turn()
-            may_send = functools.partial(_has_refused_nothing_since, self._pace, time.monotonic())
-            exchange = self.exchange = Exchange(request, step.timeout, may_send)
+            is_held_back = functools.partial(self._pace.has_cut_since, time.monotonic())
+            exchange = self.exchange = Exchange(request, step.timeout, is_held_back)
             answer = await send(exchange)
         if isinstance(answer, Reply):
             is_refused = lifecycle.is_refusal(answer)
@@ -487,7 +487,7 @@ class _Driver:
             if has_changed:
                 _tell_of_pace(self._pace, self._config.base_url, answer.retry_after)
             if is_refused:
-                answer = answer._replace(is_paced=self._pace.is_kept(exchange.sent_at))
+                answer = answer._replace(is_paced=self._pace.has_cut_since(exchange.sent_at))
         reply: lifecycle.Answer = answer
         return reply
 
@@ -513,10 +513,6 @@ class _Driver:
                         self._waited_for_turns += time.monotonic() - began
         finally:
             self._pace.leave(ticket)
-
-
-def _has_refused_nothing_since(pace: Pace, let_go_at: float) -> bool:
-    return pace.cut_at <= let_go_at
 
 
 def _tell_of_pace(pace: Pace, base_url: str, retry_after: float | None) -> None:

@@ -69,8 +69,6 @@ class Pace:
     def __init__(self) -> None:
         self.is_limiting: bool = False
         """Whether there is a line; else nobody has to wait."""
-        self.cut_at: float = -math.inf
-        """When the platform last refused; who was let go before and has not been sent yet joins the line again."""
         self._lock = threading.Lock()
         self._line: set[int] = set()  # the tickets of those who have not left
         self._last_ticket = 0
@@ -80,6 +78,7 @@ class Pace:
         self._peak = 0.0  # requests a second; 0: not known
         self._resumes_at = -math.inf  # where the curve begins
         self._pause = PAUSE_MIN
+        self._cut_at = -math.inf
         self._peaked_at = -math.inf  # the last cut that was no repetition
         self._is_first_peak = False
         self._has_taken = False  # anything that was sent after that cut
@@ -88,9 +87,13 @@ class Pace:
         self._taken = self._taken_before = 0
         self._refused = self._refused_before = 0
 
-    def is_kept(self, sent_at: float) -> bool:
-        """Whether the refusal of what was sent then is known, so that its ``Retry-After`` is kept for all."""
-        return self.cut_at >= sent_at
+    def has_cut_since(self, then: float) -> bool:
+        """Whether there was a cut at that moment or later.
+
+        Then the refusal of what was sent at that moment makes all wait as long as it asks for; and who was let go at
+        that moment, and has not been sent yet, joins the line again.
+        """
+        return self._cut_at >= then
 
     @property
     def waiting(self) -> int:
@@ -165,7 +168,7 @@ class Pace:
 
     def _learn_refused(self, sent_at: float, now: float, retry_after: float) -> bool:
         self._count(now, refused=1)
-        if self.is_limiting and sent_at <= self.cut_at:
+        if self.is_limiting and sent_at <= self._cut_at:
             self._resumes_at = max(self._resumes_at, now + retry_after)
             return False
         refused, taken = self._recently(now, self._refused, self._refused_before), self._recently_taken(now)
@@ -179,7 +182,7 @@ class Pace:
         else:
             self._pause = min(2 * self._pause, PAUSE_MAX)
         self.is_limiting = True
-        self.cut_at = self._waited_at = now
+        self._cut_at = self._waited_at = now
         self._resumes_at = max(self._resumes_at, now + max(retry_after, self._pause))
         return has_begun
 

@@ -39,7 +39,7 @@ async def converse(exchange: Exchange) -> Any:
     pool = shared_pool()
     stopwatch = _Stopwatch()
     await pool.enter()
-    if not exchange.may_send():
+    if exchange.is_held_back():
         pool.leave()
         return HELD_BACK
     stopwatch.lap("in line")

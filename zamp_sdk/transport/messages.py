@@ -53,17 +53,17 @@ class Request:
 
 
 HELD_BACK = object()
-"""What comes of an exchange whose ``may_send`` said no: nothing was sent."""
+"""What comes of an exchange whose ``is_held_back`` said yes: nothing was sent."""
 
 
 class Exchange:
     """One request on its way. It is sent once; however that ends, the attributes say how far it came."""
 
-    def __init__(self, request: Request, timeout: float, may_send: Callable[[], bool] = lambda: True) -> None:
+    def __init__(self, request: Request, timeout: float, is_held_back: Callable[[], bool] = lambda: False) -> None:
         self.request: Request = request
         self.timeout: float = timeout
         """Seconds for all of it together; waiting in the pool's line for room does not count."""
-        self.may_send: Callable[[], bool] = may_send
+        self.is_held_back: Callable[[], bool] = is_held_back
         """Asked once there is room for a connection, for which the request may have waited long."""
         self.may_have_left: bool = False
         """Whether a byte of the request may have left."""
