@@ -61,7 +61,7 @@ from zamp_sdk.transport import dialing, reading
 RETRY, PACED, UNKNOWN, RAISE = "retry", "paced", "unknown", "raise"
 TRIES = 4  # of a start
 FOR_EVER = 1000
-SHORT = 0.25  # s of patience with a server that does not answer
+SHORT = 0.4  # s of patience with a server that does not answer
 LONG_ENOUGH = 0.3  # s of patience with one that does, but does not come to an end
 
 

@@ -222,7 +222,7 @@ def test_a_loop_that_watches_no_sockets_finds_a_late_reply(
 def test_a_loop_that_watches_no_sockets_keeps_deadlines(server: Server, pace: Pace) -> None:
     """Where threads wait for the sockets, a request's time is over when it is over."""
     server.always("POST", silent)
-    pace.hurry("POST", 1, 0.3)
+    pace.hurry("POST", 1, 0.6)
     with pytest.raises(HttpClientError, match="timed out") as caught:
         run_on(Watchless(), start(server.url))
     assert caught.value.may_have_started
@@ -245,7 +245,7 @@ def test_uvloop_will_do(server: Server, pace: Pace) -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        pace.hurry("POST", 1, 0.1)
+        pace.hurry("POST", 1, 0.5)
         with pytest.raises(HttpClientError, match="timed out"):
             await start(server.url)
 

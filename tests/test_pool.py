@@ -196,9 +196,9 @@ def test_event_loops_in_threads_wait_in_one_line(pace: Pace, few_rooms: Callable
 async def test_waiting_in_the_line_is_not_part_of_a_requests_time(pace: Pace, few_rooms: Callable[[int], None]) -> None:
     """A request that queues behind others still has all of its seconds."""
     few_rooms(1)
-    pace.hurry("POST", 5, 0.4)
+    pace.hurry("POST", 5, 1.0)
     with Server() as server:
-        server.always("POST", reply(200, {"id": ACTION_ID}, delay=0.15))
+        server.always("POST", reply(200, {"id": ACTION_ID}, delay=0.3))
         assert await asyncio.gather(*(start(server.url) for _ in range(5))) == [ACTION_ID] * 5
         assert (server.count("POST"), server.connections) == (5, 1)
 
