@@ -2,7 +2,7 @@
 
 All of them run against a local platform. Commands that need the package index are run by peers/test_install.py.
 
-What README claims about behaviour, and the tests that show it; one of the tests below looks whether they exist.
+What README and docs claim about behaviour, and the tests that show it; one of the tests below looks whether they exist.
 
 Promises:
   runs no action twice       test_faults.py::test_a_start_is_not_sent_again_after_what_may_have_started_it_or_never_will
@@ -73,9 +73,6 @@ Waiting:
   cancelling                 test_executor.py::test_cancelled_execute_logs_the_id
   seen on stderr, and a note test_executor.py::test_by_default_a_person_sees_the_id
   the line that collects     test_executor.py::test_the_line_that_collects_works
-  many share two warnings    test_executor.py::test_many_that_are_cancelled_at_once_are_told_in_two_lines
-  no warning of a timeout    test_executor.py::test_a_timeout_is_no_accident
-  the end of a program       test_loops_and_forks.py::test_an_action_outlives_the_main_thread
   unknown statuses           test_lifecycle.py::test_unknown_statuses_are_waited_for
                              test_lifecycle.py::test_unknown_status_that_ended
                              test_lifecycle.py::test_looking_at_an_unknown_status
@@ -95,7 +92,7 @@ Command line:
   130, 143 and 129           test_cli.py::test_a_signal_ends_the_wait_and_says_how_to_collect
   a second signal            test_cli.py::test_a_second_signal_ends_a_command_whose_threads_do_not_end
   ids that begin with a dash test_cli.py::test_the_command_that_collects_works_when_pasted
-Testing your code:
+Testing your code (docs/testing.md, too):
   a failed attempt at worst  test_local_platform.py::test_nothing_an_action_does_ends_the_platform
   fail_next and drop_next    test_local_platform.py::test_fail_next_answers_with_the_status_unprocessed
                              test_local_platform.py::test_drop_next_closes_without_an_answer
@@ -123,12 +120,6 @@ Scaling:
                              test_pool.py::test_event_loops_in_threads_share_the_room
   first come, first served   test_pool.py::test_event_loops_in_threads_wait_in_one_line
                              test_pool.py::test_waiting_in_the_line_is_not_part_of_a_requests_time
-  closed after 10 s          test_pool.py::test_idle_connections_close_by_themselves
-  no thread waits            test_hops.py::test_a_stalled_reply_delays_nobody_else
-                             test_hops.py::test_a_stalled_proxy_delays_nobody_else
-                             test_loops_and_forks.py::test_a_loop_that_watches_no_sockets_will_do
-  no thread is free          test_hops.py::test_without_a_thread_an_action_goes_on
-                             test_loops_and_forks.py::test_threads_that_wait_for_this_very_action_do_not_wait_for_ever
   a platform that limits     test_limits.py::test_all_come_back_whatever_the_limit
                              test_pacing.py::test_first_come_first_served
                              test_pacing.py::test_nobody_goes_before_retry_after_is_over
@@ -136,7 +127,7 @@ Scaling:
                              test_pacing.py::test_simulated_platforms
   the two warnings           test_limits.py::test_people_are_told_when_a_limit_begins_and_when_it_has_ended
                              test_pacing.py::test_a_limit_is_forgotten_when_nobody_has_waited_for_a_minute
-Network and logging (docs/troubleshooting.md):
+Network, threads and logging (docs/troubleshooting.md):
   proxies                    peers/test_tinyproxy.py::test_https_goes_through_a_tunnel
                              peers/test_tinyproxy.py::test_no_proxy_goes_past_it
                              test_routes.py::test_a_proxy_that_speaks_something_else_is_refused
@@ -169,6 +160,15 @@ Network and logging (docs/troubleshooting.md):
                              test_executor.py::test_what_many_meet_is_told_once
                              test_notices.py::test_what_many_meet_is_a_warning_once_in_a_minute
                              test_executor.py::test_plain_http_is_warned_of
+  many share two warnings    test_executor.py::test_many_that_are_cancelled_at_once_are_told_in_two_lines
+  no warning of a timeout    test_executor.py::test_a_timeout_is_no_accident
+  closed after 10 s          test_pool.py::test_idle_connections_close_by_themselves
+  no thread waits            test_hops.py::test_a_stalled_reply_delays_nobody_else
+                             test_hops.py::test_a_stalled_proxy_delays_nobody_else
+                             test_loops_and_forks.py::test_a_loop_that_watches_no_sockets_will_do
+  no thread is free          test_hops.py::test_without_a_thread_an_action_goes_on
+                             test_loops_and_forks.py::test_threads_that_wait_for_this_very_action_do_not_wait_for_ever
+  the end of a program       test_loops_and_forks.py::test_an_action_outlives_the_main_thread
 AWS Lambda:
   freezing; start and collect peers/test_lambda.py::test_three_invocations_with_a_freeze
                              peers/test_lambda.py::test_start_in_one_function_and_collect_in_another
@@ -340,7 +340,11 @@ def test_the_documents_have_samples_of_each_kind() -> None:
     assert len(TEST_MODULES) >= 1
     assert len(SCRIPTS) >= 6
     assert len(INSTALLING) >= 1
-    assert {name.partition(":")[0] for name, _ in [*PROGRAMS, *CONSOLE]} == {"README.md", "docs/troubleshooting.md"}
+    assert {name.partition(":")[0] for name, _ in [*PROGRAMS, *CONSOLE]} == {
+        "README.md",
+        "docs/testing.md",
+        "docs/troubleshooting.md",
+    }
 
 
 @pytest.mark.skipif(shutil.which("make") is None, reason="this machine has no make")
