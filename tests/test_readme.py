@@ -342,7 +342,6 @@ def test_the_documents_have_samples_of_each_kind() -> None:
     assert len(INSTALLING) >= 1
     assert {name.partition(":")[0] for name, _ in [*PROGRAMS, *CONSOLE]} == {
         "README.md",
-        "docs/testing.md",
         "docs/troubleshooting.md",
     }
 
@@ -382,7 +381,8 @@ def test_the_figures_are_those_that_were_measured() -> None:
         "README.md",
         "tests/benchmarks/README.md",
     ]
-    assert MEASURED.findall(README) == MEASURED.findall(DOCUMENTS["tests/benchmarks/README.md"])
+    (all_of_them,) = MEASURED.findall(DOCUMENTS["tests/benchmarks/README.md"])
+    assert all_of_them.endswith(MEASURED.findall(README)[0])
     assert len(MEASURED.findall(README)) == 1
 
 

@@ -1,7 +1,7 @@
 """Measure this SDK beside the newest official one: `python -m tests.benchmarks [PART...]`, or `make bench`.
 
-A whole run is on two Pythons; it writes tests/benchmarks/README.md, the chart beside it, and the sentences of figures
-in the project's README.
+A whole run is on two Pythons; it writes tests/benchmarks/README.md, the chart beside it, and the figures of the newest
+Python into the project's README.
 """
 
 from __future__ import annotations
@@ -65,15 +65,15 @@ def measure(official: official_sdk.Official, names: Iterable[str], rounds: int) 
 
 
 def write(runs: Sequence[Measured]) -> None:
-    """Write the report, the chart, and the project's README's sentences; the first run is told in full."""
-    shown = "\n\n".join(f"{summary(run.rows)}\n\n{run.about}" for run in runs)
-    print(f"\n{shown}")
+    """Write the report, which tells the first run in full, the chart, and the last run's sentence into README."""
+    shown = [f"{summary(run.rows)}\n\n{run.about}" for run in runs]
+    print("", *shown, sep="\n\n")
     first = runs[0]
     lost = [row for row in first.rows.values() if row.ratio is not None and row.ratio > 1]
     text = "\n\n".join(
         [
             INTRODUCTION,
-            block(shown),
+            block("\n\n".join(shown)),
             "![How late each SDK tells of an action, by how long the action takes](time-to-result.svg)",
             f"## Where the official SDK is better, on Python {first.python_version}",
             table(lost, *first.headers),
@@ -86,12 +86,12 @@ def write(runs: Sequence[Measured]) -> None:
     )
     (HERE / "README.md").write_text(text + "\n", encoding="utf-8")
     readme = ROOT / "README.md"
-    readme.write_text(replace_block(readme.read_text(encoding="utf-8"), shown), encoding="utf-8")
+    readme.write_text(replace_block(readme.read_text(encoding="utf-8"), shown[-1]), encoding="utf-8")
     from .chart import draw
 
     names = dict(zip((OURS, THEIRS), first.headers))
     draw(first.parts["time-to-result"].series, names, HERE / "time-to-result.svg")
-    print("\nWritten: tests/benchmarks/README.md, its chart, and the sentences in README.md.")
+    print("\nWritten: tests/benchmarks/README.md, its chart, and the sentence in README.md.")
 
 
 def main() -> None:
