@@ -231,10 +231,8 @@ def test_what_came_before_a_failure_counts(pair: tuple[Connection, socket.socket
     assert isinstance(connection.broken_by, BrokenPipeError)
 
 
-def test_a_connections_repr_names_no_credentials() -> None:
-    """What is shown of a connection is where it leads to, and how it stands."""
+def test_a_routes_repr_names_no_credentials() -> None:
+    """What is shown of a route is where it leads to."""
     route = Route(is_tls=True, authority="proxy.test:3128", is_through_proxy=True, user="user", password="hunter2")
-    with socket.socket() as sock:
-        connection = Connection(sock, route)
-        assert repr(connection) == "<Connection to proxy.test:3128, leased, 0 requests served>"
-        assert "hunter2" not in repr(route)
+    assert "proxy.test:3128" in repr(route)
+    assert "hunter2" not in repr(route)

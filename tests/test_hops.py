@@ -122,7 +122,7 @@ async def test_a_hop_that_is_given_up_during_its_trip_is_waited_for() -> None:
         await task
     assert gate.has_ended
     assert hop.is_at_rest
-    assert hop.when_at_rest(closed.set)
+    hop.when_at_rest(closed.set)
     assert closed.is_set()
 
 
@@ -150,7 +150,8 @@ async def test_a_hop_whose_request_is_gone_closes_after_itself() -> None:
         await asyncio.sleep(0)
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert not hop.when_at_rest(closed.set)
+    hop.when_at_rest(closed.set)
+    assert not hop.is_at_rest
     await asyncio.sleep(0.01)
     assert not closed.is_set()
     gate.may_end.set()

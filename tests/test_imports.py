@@ -309,7 +309,12 @@ ARROWS: dict[str, set[str]] = {
     },
     "transport": {"transport.exchange?", "transport.hops?", "transport.messages"},
     "": {"errors", "action_executor", "action_executor.models"},
-    "local_platform": {"local_platform.running", "local_platform.server", "local_platform.starts"},
+    "local_platform": {
+        "action_executor.models",
+        "local_platform.running",
+        "local_platform.server",
+        "local_platform.starts",
+    },
     "local_platform.running": {"local_platform.threads"},
     "local_platform.server": {"local_platform.threads"},
     # It spells the wire format out on its own, to check the client and not to echo it.

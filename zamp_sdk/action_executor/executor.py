@@ -12,7 +12,7 @@ import time
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Callable, Generic, NoReturn, Optional, Protocol, TypeVar, overload
 
-from .. import transport
+from .. import __version__, transport
 from ..errors import ActionFailedError, ActionTimeoutError, ZampError
 from ..transport import HELD_BACK, Exchange, Failure, in_thread, is_this_machine, send
 from . import lifecycle
@@ -27,6 +27,7 @@ logger: logging.Logger = logging.getLogger("zamp_sdk")
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
+USER_AGENT = f"zamp-sdk/{__version__} Python/{sys.version_info[0]}.{sys.version_info[1]} {sys.platform}"
 LONG_RETRY = 5.0  # s of waiting from which a failure is worth a warning
 SOON = 0.5  # s after a first refusal, when more is known
 GRACE = 2.0  # s beyond a caller's timeout for a poll under way
@@ -337,8 +338,6 @@ async def _start(
         idempotency_key=os.urandom(16).hex(),
         is_wanted=lambda: is_wanted,
     )
-    import json  # noqa: F401  # here and not in the thread: a child that is forked meanwhile could not
-
     driver = _Driver(config, observe)
     try:
         request = prepare() if is_small(params) else await in_thread(prepare)
@@ -418,6 +417,8 @@ class _Driver:
     """Performs the lifecycle's steps; what its attributes say is for whoever is interrupted."""
 
     def __init__(self, config: SdkConfig, observe: Observer | None = None) -> None:
+        import json  # noqa: F401  # here and not in a thread: a child that is forked meanwhile could not
+
         self._config = config
         self._observe = observe
         self._pace = pace_of(config.base_url, config.auth_token)
@@ -469,8 +470,6 @@ class _Driver:
 
     async def _send(self, step: lifecycle.Send) -> lifecycle.Answer:
         """Send a request when it is its turn, and let the pace learn from the reply."""
-        import json  # noqa: F401  # here and not in the thread that reads: a child that is forked meanwhile could not
-
         request = _transport_request(step, self._config)
         answer: Any = HELD_BACK
         while answer is HELD_BACK:  # for the platform has refused others while this one waited for room
@@ -539,16 +538,9 @@ def _transport_request(step: lifecycle.Send, config: SdkConfig) -> transport.Req
             **step.request.headers,
             "Authorization": f"Bearer {config.auth_token}",
             "Accept": "application/json",
-            "User-Agent": _user_agent(),
+            "User-Agent": USER_AGENT,
         },
         body=step.request.body,
         read=lambda raw: step.read(raw, Redactor(config.auth_token, raw.secrets), time.time()),
         redact=lambda text, secrets: one_line(Redactor(config.auth_token, secrets).text(text)),
     )
-
-
-@functools.cache
-def _user_agent() -> str:
-    from .. import __version__
-
-    return f"zamp-sdk/{__version__} Python/{sys.version_info[0]}.{sys.version_info[1]} {sys.platform}"

@@ -152,10 +152,11 @@ def follow(
         else:
             error = _http_error(_asking(action_id), answer, action_id=action_id)
             is_new = started_at is not None and now - started_at < POLL_NOT_FOUND_GRACE
+            may_retry = answer.may_retry or (is_new and error.status_code == 404)  # it may not know at once what is new
             if failures == 0:
                 failing_since = began_asking  # not the last good reply's time: a process may freeze
             left = failing_since + POLL_FAILURE_WINDOW - asking_clock()
-            if left <= 0 or not _may_retry(answer, is_new=is_new):
+            if left <= 0 or not may_retry:
                 raise error
             failures += 1
             wait = min(_wait_after(answer, failures, jitter()), left)
@@ -265,13 +266,6 @@ def _wait_after(answer: Answer, failures: int, jitter: float) -> float:
     if isinstance(answer, Reply) and answer.retry_after is not None:
         return min(max(answer.retry_after, BACKOFF_MIN), RETRY_AFTER_MAX)
     return backoff(failures, jitter)
-
-
-def _may_retry(answer: Answer, *, is_new: bool) -> bool:
-    """Whether asking again may help; a platform may not know at once what is new."""
-    if isinstance(answer, Failure):
-        return answer.may_retry
-    return answer.may_retry or (is_new and answer.status_code == 404)
 
 
 def _http_error(

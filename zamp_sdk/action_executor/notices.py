@@ -43,28 +43,8 @@ class Notice(NamedTuple):
         return self.fate.format(self.action) + how
 
 
-class _Moment:
-    """A moment at which actions of one event loop are left.
-
-    A loop may be closed before the moment ends, as ``asyncio.run`` does, or never run again. The timer alone keeps the
-    moment, so what is still to be told is told when that is thrown away, and at the latest when the process ends.
-    """
-
-    def __init__(self) -> None:
-        self.others: list[Notice] = []
-        """What is still to be told, now that the first was."""
-        self._tell = weakref.finalize(self, _warn_of, self.others)
-
-    def end(self) -> None:
-        """Tell it, once."""
-        self._tell()
-
-    @property
-    def has_ended(self) -> bool:
-        return not self._tell.alive
-
-
-_moments: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, weakref.ref[_Moment]] = weakref.WeakKeyDictionary()
+_others: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, list[Notice]] = weakref.WeakKeyDictionary()
+"""What each loop's moment has still to tell, now that the first was told."""
 
 
 def add_note(exc: BaseException, text: str) -> None:
@@ -80,14 +60,18 @@ def warn(notice: Notice) -> None:
     except RuntimeError:  # it is a coroutine that was thrown away
         _log(str(notice))
         return
-    known = _moments.get(loop)
-    moment = None if known is None else known()
-    if moment is not None and not moment.has_ended:
-        moment.others.append(notice)
+    if loop in _others:
+        _others[loop].append(notice)
         return
-    moment = _Moment()
-    _moments[loop] = weakref.ref(moment)
-    loop.call_later(MOMENT, moment.end)
+
+    def end() -> None:
+        del _others[loop]
+        tell()
+
+    # A loop may be closed before the moment ends, as asyncio.run does, or never run again. Its timer alone keeps `end`,
+    # so what is still to be told is told when that is thrown away, and at the latest when the process ends.
+    tell = weakref.finalize(end, _warn_of, _others.setdefault(loop, []))
+    loop.call_later(MOMENT, end)
     _log(str(notice))
 
 

@@ -35,6 +35,9 @@ _CONTAINERS = (dict, list, tuple)  # what json writes as objects and arrays, sub
 # What isoformat gives, where that is ISO 8601: an offset has no seconds there.
 _ISO_8601 = re.compile(r"\d{4}-\d\d-\d\d|(\d{4}-\d\d-\d\dT)?\d\d:\d\d(:\d\d(\.\d+)?)?(Z|[+-]\d\d:\d\d)?", re.ASCII)
 
+_UNSET = object()
+"""Stands for a field of a dataclass that was never set (``field(init=False)``, slots)."""
+
 _Place = tuple[Union[str, int, None], ...]
 """Where a value is: the argument's name, then the keys and indexes that lead to it, None for a key itself."""
 
@@ -182,8 +185,6 @@ class _Replacements:
             return known[1]
         try:
             made = write(value)
-        except _UnsetFieldError:
-            raise
         except Exception as exc:
             self.raised = exc
             raise
@@ -211,11 +212,12 @@ def _writer(kind: Any) -> _Writer:  # noqa: PLR0911  # a return for each kind
     if issubclass(kind, (date, time)):  # a datetime is a date
         return _Writer(_iso8601)
     if issubclass(kind, timedelta):
-        return _Writer(lambda duration: iso8601_duration(_exact_timedelta(duration)))
+        return _Writer(iso8601_duration)
     if callable(getattr(kind, "model_dump", None)):  # of the class: on a mock, every attribute of the instance would do
         return _Writer(_model_dumper(kind), is_composite=True)
     if dataclasses.is_dataclass(kind):
-        return _Writer(_fields_reader(kind), is_composite=True)
+        names = [field.name for field in dataclasses.fields(kind)]
+        return _Writer(lambda value: {name: getattr(value, name, _UNSET) for name in names}, is_composite=True)
     if issubclass(kind, Mapping):
         return _Writer(dict, is_composite=True)
     # Whoever has one of these has imported its module, which is slow to import.
@@ -235,26 +237,6 @@ def _model_dumper(kind: Any) -> Callable[[Any], Any]:
     return lambda model: model.model_dump(mode="json")  # which pydantic's custom serialisers need
 
 
-class _UnsetFieldError(ValueError):
-    """A field of a dataclass was never set (``field(init=False)``, slots)."""
-
-    def __init__(self, name: str) -> None:
-        super().__init__("this field was never set")
-        self.name = name
-
-
-def _fields_reader(kind: Any) -> Callable[[Any], dict[str, Any]]:
-    names = [field.name for field in dataclasses.fields(kind)]
-
-    def fields(value: Any) -> dict[str, Any]:
-        try:
-            return {name: getattr(value, name) for name in names}
-        except AttributeError as exc:
-            raise _UnsetFieldError(next(name for name in names if not hasattr(value, name))) from exc
-
-    return fields
-
-
 def _iso8601(value: Any) -> str:
     text = value.isoformat()
     if not isinstance(text, str) or not _ISO_8601.fullmatch(text):
@@ -262,21 +244,12 @@ def _iso8601(value: Any) -> str:
     return text
 
 
-def _exact_timedelta(value: timedelta) -> timedelta:
-    """Return a subclass's duration as a plain timedelta; a ValueError if it is another (pandas has nanoseconds)."""
-    if type(value) is timedelta:
-        return value
-    # Not the attributes, which a subclass may count in its own way, as pendulum does.
-    days, seconds, microseconds = (vars(timedelta)[name].__get__(value) for name in ("days", "seconds", "microseconds"))
-    exact = timedelta(days, seconds, microseconds)
-    if exact != value:
-        raise ValueError(f"cannot send {value!r} as JSON: it is no whole number of microseconds")
-    return exact
-
-
 def iso8601_duration(value: timedelta) -> str:
     """Write a duration in ISO 8601, exactly: ``PT30S``, ``P1DT1H1M2.5S``, ``-PT5S``, ``PT0S``."""
-    sign, value = ("-", -value) if value < timedelta(0) else ("", value)
+    exact = timedelta.__pos__(value)  # a plain one, for a subclass may count its attributes in its own way (pendulum)
+    if exact != value:  # pandas has nanoseconds
+        raise ValueError(f"cannot send {value!r} as JSON: it is no whole number of microseconds")
+    sign, value = ("-", -exact) if exact < timedelta(0) else ("", exact)
     minutes, seconds = divmod(value.seconds, 60)
     hours, minutes = divmod(minutes, 60)
     fraction = f".{value.microseconds:06}".rstrip("0.")
@@ -294,6 +267,8 @@ def _decimal(value: Any) -> str:
 
 
 def _refuse(value: Any) -> Any:
+    if value is _UNSET:
+        raise ValueError("this field was never set")
     raise TypeError(f"cannot send {_described(value)} as JSON{_advice(value)}")
 
 
@@ -324,8 +299,6 @@ def _plain(value: Any, place: _Place, replace: _Replacements, parents: frozenset
         return plain
     try:
         made = replace(value)
-    except _UnsetFieldError as exc:
-        raise ValueError(f"{_words((*place, exc.name))}: {exc}") from exc.__cause__
     except (TypeError, ValueError) as exc:
         if exc is replace.raised:
             raise

@@ -158,7 +158,7 @@ def _read(raw: transport.Reply, redact: Redactor, now: float) -> tuple[Reply, di
     reply = Reply(code, size=len(raw.body), retry_after=retry_after(raw.headers, now))
     if not 200 <= code < 300:
         may_retry = code < 200 or code >= 500 or code in (408, 425, 429)
-        return _unusable(reply, raw, redact, _refusal(raw, redact), may_retry=may_retry), {}
+        return _unusable(reply, raw, redact, _why_unsuccessful(raw, redact), may_retry=may_retry), {}
     try:
         fields = _fields(_load(raw))
     except ValueError as exc:
@@ -194,7 +194,7 @@ def _fields(value: Any) -> dict[str, Any]:
     return {**fields, "error": value.get("error") or error}
 
 
-def _refusal(raw: transport.Reply, redact: Redactor) -> str:
+def _why_unsuccessful(raw: transport.Reply, redact: Redactor) -> str:
     """Say why a request was refused: by the field that tells, or else as it came."""
     try:
         fields = _load(raw)

@@ -22,6 +22,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Callable, Literal, Optional, TypeVar, overload
 
+from ..action_executor.models import check_type
 from .running import Function, Runner
 from .server import RecordedRequest, RefusedError, Server
 from .starts import checked_start
@@ -384,9 +385,8 @@ class _Newest:
 def _check_number(
     name: str, value: Any, expected: str, kinds: Any = (int, float), *, least: float = 0, most: float = math.inf
 ) -> None:
-    """Say what an argument must be; a bool is no number."""
-    if not isinstance(value, kinds) or isinstance(value, bool):
-        raise TypeError(f"{name} must be {expected}, not {type(value).__name__}")
+    """Say what an argument must be."""
+    check_type(name, value, kinds, expected)
     if not least <= value <= most:
         raise ValueError(f"{name} must be {expected}, not {value!r}")
 

@@ -74,11 +74,7 @@ class Route:
     @property
     def secrets(self) -> tuple[str, ...]:
         """What must not be shown of what a peer on this route has said."""
-        return (
-            tuple(filter(None, (f"{self.user}:{self.password}", self.user, self.password)))
-            if self.proxy_authorization
-            else ()
-        )
+        return (f"{self.user}:{self.password}", self.user, self.password) if self.proxy_authorization else ()
 
 
 class Connection:
@@ -95,19 +91,13 @@ class Connection:
         """Whether the peer sends no more."""
         self.broken_by: OSError | None = None
         """The error that broke it; what came before still counts."""
-        self.requests: int = 0
-        """How many requests it has served; kept by the pool, as the next one."""
-        self.idle_since: float | None = None
-        """By ``time.monotonic``; None while a request has it."""
+        self.idle_since: float = 0.0
+        """When the pool was given it back last, by ``time.monotonic``; 0 while it has served no request."""
         self._outgoing = bytearray()
         self._plaintext = bytearray()
         self._tls: ssl.SSLObject | None = None
         self._encrypted_in, self._encrypted_out = ssl.MemoryBIO(), ssl.MemoryBIO()
         self._record = bytearray()  # the TLS record that has come in part: OpenSSL does not tell that it has one
-
-    def __repr__(self) -> str:
-        state = "leased" if self.idle_since is None else "idle"
-        return f"<Connection to {self.route.authority}, {state}, {self.requests} requests served>"
 
     def write(self, data: bytes) -> None:
         """Queue bytes, which the next calls of ``flush`` send."""

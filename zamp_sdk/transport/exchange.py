@@ -37,27 +37,27 @@ async def converse(exchange: Exchange) -> Any:
     """Send the exchange's request, once; return what ``request.read`` makes of the reply, a Failure, or HELD_BACK."""
     request = exchange.request
     pool = shared_pool()
-    stopwatch = _Stopwatch()
+    laps = [("", time.monotonic())]  # what was done, and until when
     await pool.enter()
     if exchange.is_held_back():
         pool.leave()
         return HELD_BACK
-    stopwatch.lap("in line")
+    laps.append(("in line", time.monotonic()))
     hops = Hops(exchange.timeout)
     route = connection = conversation = None
     try:
         route = await find_route(request.base_url, hops)
         connection = pool.take(route, for_start=request.method == "POST")
         if connection is None:
-            connection = await _connect(route, pool, hops, stopwatch)
+            connection = await _connect(route, pool, hops, laps)
         conversation = _Conversation(exchange, connection, hops)
         await hops.run(conversation.begin)
         while not conversation.is_over:
             is_in_time = await connection.until_ready(hops)
             await hops.run(functools.partial(conversation.proceed, is_last=not is_in_time))
         pool.learn(time.monotonic() - exchange.sent_at)
-        stopwatch.lap("for the reply")
-        _log(exchange, conversation.status_code, stopwatch)
+        laps.append(("for the reply", time.monotonic()))
+        _log(exchange, conversation.status_code, laps)
         return exchange.answer
     except asyncio.CancelledError:
         if conversation is not None and hops.is_at_rest:
@@ -67,16 +67,16 @@ async def converse(exchange: Exchange) -> Any:
         if isinstance(exc, ssl.SSLCertVerificationError):
             forget_tls_context()
         failure = explain(exc, request, route, may_have_left=conversation is not None and conversation.has_begun)
-        _log(exchange, failure.message, stopwatch)
+        _log(exchange, failure.message, laps)
         return failure
     finally:
         may_keep = conversation is not None and conversation.may_keep_connection
-        is_at_rest = hops.when_at_rest(functools.partial(pool.leave, connection, may_keep=may_keep))
-        # A hop that still runs may be about to send.
-        exchange.may_have_left = conversation is not None and (conversation.has_begun or not is_at_rest)
+        hops.when_at_rest(functools.partial(pool.leave, connection, may_keep=may_keep))
+        # A hop that still runs may be about to send; asked in this order, for it may end meanwhile.
+        exchange.may_have_left = conversation is not None and (not hops.is_at_rest or conversation.has_begun)
 
 
-async def _connect(route: Route, pool: Pool, hops: Hops, stopwatch: _Stopwatch) -> Connection:
+async def _connect(route: Route, pool: Pool, hops: Hops, laps: list[tuple[str, float]]) -> Connection:
     """Make a connection to the platform that is ready for a request; raises OSError."""
 
     def meanwhile() -> None:
@@ -97,13 +97,13 @@ async def _connect(route: Route, pool: Pool, hops: Hops, stopwatch: _Stopwatch) 
             raise
         sock = await reach()
     connection = Connection(sock, route)
-    stopwatch.lap("looking up and connecting")
+    laps.append(("looking up and connecting", time.monotonic()))
     try:
         if route.tunnel_to:
             await dig_tunnel(connection, hops)
         if route.is_tls:
             await connection.start_tls(tls_context(), hops)
-            stopwatch.lap("for TLS")
+            laps.append(("for TLS", time.monotonic()))
     except BaseException:
         hops.when_at_rest(connection.close)  # the room stays the request's
         raise
@@ -127,7 +127,7 @@ class _Conversation:
         from .sending import open_request
 
         # The pool has looked, but the hop may have been long in coming here: what has come since is no reply to this.
-        if self._connection.requests and not self._connection.is_quiet():
+        if self._connection.idle_since and not self._connection.is_quiet():
             raise PeerError("the peer closed an idle connection, or sent what nobody had asked for")
         open_request(self._connection, self._exchange.request, self._reader, self._send)
 
@@ -196,35 +196,16 @@ class _Conversation:
         return self.is_over and self._reader.may_keep_connection and not self._connection.has_leftovers
 
 
-class _Stopwatch:
-    """Where a request's time goes."""
-
-    def __init__(self) -> None:
-        self.laps: list[tuple[str, float]] = []
-        """What was done, and for how many seconds."""
-        self._began = self._last = time.monotonic()
-
-    def lap(self, what: str) -> None:
-        now = time.monotonic()
-        self.laps.append((what, now - self._last))
-        self._last = now
-
-    @property
-    def elapsed(self) -> float:
-        """Seconds in all."""
-        return time.monotonic() - self._began
-
-
-def _log(exchange: Exchange, outcome: object, stopwatch: _Stopwatch) -> None:
+def _log(exchange: Exchange, outcome: object, laps: list[tuple[str, float]]) -> None:
     if logger.isEnabledFor(logging.DEBUG):
         request = exchange.request
-        laps = ", ".join(f"{seconds * 1000:.0f} {what}" for what, seconds in stopwatch.laps)
+        times = ", ".join(f"{(end - begin) * 1000:.0f} {what}" for (_, begin), (what, end) in zip(laps, laps[1:]))
         logger.debug(
             "%s %s%s: %s, %.0f ms (%s)",
             request.method,
             request.base_url,
             request.path,
             outcome,
-            stopwatch.elapsed * 1000,
-            laps,
+            (time.monotonic() - laps[0][1]) * 1000,
+            times,
         )

@@ -97,19 +97,13 @@ class Hops:
         """Whether no hop is at work, or will be."""
         return self._hop is None or self._hop.outcome.done()
 
-    def when_at_rest(self, callback: Callable[[], object]) -> bool:
-        """Give up the hop that has not begun, and call back when none is at work.
-
-        Returns:
-            True if that was at once; False if one is at work, at whose end its thread calls back.
-        """
-        hop = self._hop
-        is_at_rest = hop is None or hop.give_up()
-        if hop is None:
+    def when_at_rest(self, callback: Callable[[], object]) -> None:
+        """Give up the hop that has not begun; call back when none is at work: now, or at its end, in its thread."""
+        if self._hop is None:
             callback()
         else:
-            hop.outcome.add_done_callback(lambda _: callback())
-        return is_at_rest
+            self._hop.give_up()
+            self._hop.outcome.add_done_callback(lambda _: callback())
 
     async def until_ready(self, *sockets: socket.socket, events: int, seconds: float = math.inf) -> bool:
         """Wait in the loop until one of the sockets is ready for one of the events; False if none is in time.

@@ -122,7 +122,6 @@ class Pool:
                 if connection.route == route and _seconds_idle(connection) <= max_idle:
                     self._idle.remove(connection)
                     if connection.is_quiet():
-                        connection.idle_since = None
                         return connection
                     connection.close()
             while self._idle and len(self._idle) + self._rooms_taken > self._rooms:
@@ -163,7 +162,6 @@ class Pool:
             connection.close()
             return
         with self._lock:
-            connection.requests += 1
             connection.idle_since = time.monotonic()
             self._idle.append(connection)
             self._sweep_later()
@@ -218,7 +216,7 @@ def _call_in(loop: asyncio.AbstractEventLoop, callback: Callable[[], object]) ->
 
 
 def _seconds_idle(connection: Connection) -> float:
-    return time.monotonic() - (connection.idle_since or 0.0)
+    return time.monotonic() - connection.idle_since
 
 
 def _most_rooms() -> int:
