@@ -9,7 +9,7 @@ PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := check
-.PHONY: help install lint lint-fix format type-check test test-peers test-all soak fuzz bench layer check clean
+.PHONY: help install lint lint-fix format type-check test test-peers test-all test-ends soak fuzz bench layer check clean
 
 help: ## List the targets
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/\1\t\2/p' Makefile | expand -t 14
@@ -51,6 +51,9 @@ test-peers: $(INSTALLED) ## Run the tests against real programs (nginx, tinyprox
 
 test-all: $(INSTALLED) ## Run the tests on every Python from 3.9 on that this machine has
 	$(PY) .ci/test_all.py $(PYTEST_ARGS)
+
+test-ends: $(INSTALLED) ## Run the tests on the oldest, the newest and the free-threaded Pythons of this machine
+	$(PY) .ci/test_all.py --ends $(PYTEST_ARGS)
 
 soak: $(INSTALLED) ## Run 20,000 actions against a faulty server, cancel 40,000, and keep to a limit (4 minutes)
 	$(PY) -m tests.peers.soak

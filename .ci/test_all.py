@@ -1,7 +1,8 @@
 """Run the test suite on every Python from 3.9 on that this machine has, free-threaded ones too, two at a time.
 
 Looks on PATH and among pyenv's versions. Each Python gets a virtual environment in .venvs/, and its output goes to a
-log file there. The arguments are pytest's. The exit status is 1 if the tests failed anywhere.
+log file there. With --ends it tests only the oldest, the newest and the free-threaded ones: what differs between two
+Pythons differs between these first. Other arguments are pytest's. The exit status is 1 if the tests failed anywhere.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ VENVS = ROOT / ".venvs"
 AT_A_TIME = 2
 
 
-def test(version: str, interpreter: Path) -> bool:
+def test(version: str, interpreter: Path, arguments: list[str]) -> bool:
     """Run the tests on one Python, print a line about it, and return whether they passed."""
     started = time.monotonic()
     venv = VENVS / version
@@ -44,7 +45,7 @@ def test(version: str, interpreter: Path) -> bool:
         # Where there is no wheel of these, the tests that need them are skipped.
         run(*install, "--only-binary", ":all:", "--group", "loops")
         pytest = (python, "-m", "pytest", "-p", "no:cacheprovider", "-n", "3", "--dist", "worksteal")
-        passed = is_ready and run(*pytest, *sys.argv[1:])
+        passed = is_ready and run(*pytest, *arguments)
     lines = log.read_text(errors="replace").splitlines() or ["no output"]
     report = f"Python {version}: {lines[-1].strip('= ')} ({time.monotonic() - started:.0f} s in all)"
     print(report if passed else "\n".join([*lines[-60:], f"{report} FAILED, see {log.relative_to(ROOT)}"]), flush=True)
@@ -52,11 +53,16 @@ def test(version: str, interpreter: Path) -> bool:
 
 
 def main() -> int:
-    """Test on every Python that is there."""
+    """Test on every Python that is there, or on those at the ends."""
     found = pythons()
+    arguments = sys.argv[1:]
+    if "--ends" in arguments:
+        arguments.remove("--ends")
+        ends = {*[*found][:1], *[*found][-1:]}
+        found = {version: path for version, path in found.items() if version in ends or version.endswith("t")}
     VENVS.mkdir(exist_ok=True)
     with ThreadPoolExecutor(AT_A_TIME) as pool:
-        passed = list(pool.map(test, found.keys(), found.values()))
+        passed = list(pool.map(lambda version: test(version, found[version], arguments), found))
     print(f"{sum(passed)} of {len(found)} Pythons passed: {', '.join(found)}")
     return 0 if found and all(passed) else 1
 
