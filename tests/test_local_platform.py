@@ -1322,7 +1322,7 @@ def test_stop_leaves_a_function_that_does_not_return(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """A function that goes on is RUNNING, then is waited for a bounded time, and left as a daemon, with a warning."""
-    monkeypatch.setattr(local_platform, "_STOP_SECONDS", 0.05)
+    monkeypatch.setattr(local_platform, "_STOP_SECONDS", 1.0)
     before = threading.enumerate()
     platform = LocalPlatform()
     go_on, began = threading.Event(), threading.Event()
