@@ -284,7 +284,7 @@ async def test_cancelling_while_a_thread_is_at_work_closes_nothing_under_it(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A cancelled start whose reply a thread reads ends when that has been read, and what it says is there."""
-    with held(monkeypatch, reading.ReplyReader, "proceed") as (has_begun, may_go_on):
+    with held(monkeypatch, reading.ReplyReader, "_reply") as (has_begun, may_go_on):
         exchange = Exchange(request_to(server.url, "POST"), 10.0)
         task = asyncio.ensure_future(send(exchange))
         await eventually(has_begun.is_set)

@@ -34,14 +34,14 @@ async def execute_all(base_url: str, numbers: range) -> None:
     assert results == [f"result of {number}" for number in numbers]
 
 
-BUCKET = {"rate": 40, "burst": 30}  # requests a second
+BUCKET = {"rate": 40, "burst": 15}  # requests a second
 SLOW = {"rate": 60, "burst": 5}
 
 LIMITS = {
     "a token bucket with Retry-After": lambda: LimitingPlatform(BUCKET, retry_after=0.5),
     "a token bucket without": lambda: LimitingPlatform(BUCKET),
     "so many in each second": lambda: LimitingPlatform({"count": 38, "seconds": 1}, retry_after="rest"),
-    "so many in flight, 503": lambda: LimitingPlatform({"at_once": 32}, retry_after=0, refusal=503, reply=(0.2, 0.2)),
+    "so many in flight, 503": lambda: LimitingPlatform({"at_once": 24}, retry_after=0, refusal=503, reply=(0.5, 0.5)),
     "everything is refused for a moment": lambda: LimitingPlatform({"until": 0.3, "refuses": "all"}, {}),
     "slow for good": lambda: LimitingPlatform({"until": 0.2}, SLOW, retry_after=0.2),
 }

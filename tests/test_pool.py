@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import errno
 import json
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable
 
@@ -29,6 +30,7 @@ from tests.servers import (
     RESULT,
     TOKEN,
     Server,
+    Wire,
     eventually,
     reply,
     running,
@@ -179,16 +181,21 @@ def test_event_loops_in_threads_wait_in_one_line(pace: Pace, few_rooms: Callable
     """Whoever asks first for a connection gets it first, whichever event loop it runs in."""
     few_rooms(1)
     with Server() as server, ThreadPoolExecutor(8) as threads:
-        server.on("POST", silent)
-        hanging = threads.submit(lambda: asyncio.run(asyncio.wait_for(start(server.url), 0.5)))
+        answer = threading.Event()
+
+        def held(wire: Wire) -> bool:
+            assert answer.wait(10)
+            return started(wire)
+
+        server.on("POST", held)
+        first = threads.submit(asyncio.run, start(server.url))
         wait_until(lambda: server.count("POST") == 1)
         waiting = []
         for number in range(6):
             waiting.append(threads.submit(asyncio.run, start(server.url, number)))
             wait_until(lambda: pool_state().in_line == len(waiting))
-        with pytest.raises(asyncio.TimeoutError):
-            hanging.result()
-        assert [each.result() for each in waiting] == [ACTION_ID] * 6
+        answer.set()
+        assert [each.result() for each in [first, *waiting]] == [ACTION_ID] * 7
         numbers = [json.loads(request.body)["params"] for request in server.requests if request.method == "POST"]
         assert numbers == [None, *range(6)]
 
