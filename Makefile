@@ -47,7 +47,7 @@ test: $(INSTALLED) ## Run the tests with coverage, or those of PYTEST_ARGS witho
 	$(PY) -m pytest $(or $(PYTEST_ARGS),--cov -n 4 --dist worksteal)
 
 test-peers: $(INSTALLED) ## Run the tests against real programs (nginx, tinyproxy, the official SDK, ...)
-	$(PY) -m pytest tests/peers $(PYTEST_ARGS)
+	$(PY) -m pytest tests/peers -n 2 --dist loadfile $(PYTEST_ARGS)
 
 test-all: $(INSTALLED) ## Run the tests on every Python from 3.9 on that this machine has
 	$(PY) .ci/test_all.py $(PYTEST_ARGS)

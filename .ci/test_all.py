@@ -1,4 +1,4 @@
-"""Run the test suite on every Python from 3.9 on that this machine has, free-threaded ones too, two at a time.
+"""Run the test suite on every Python from 3.9 on that this machine has, free-threaded ones too.
 
 Looks on PATH and among pyenv's versions. Each Python gets a virtual environment in .venvs/, and its output goes to a
 log file there. With --ends it tests only the oldest, the newest and the free-threaded ones: what differs between two
@@ -10,7 +10,6 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,9 +18,6 @@ sys.path.insert(0, str(ROOT))  # a script finds only what is beside it
 from tests.pythons import pythons  # noqa: E402  # the path comes first
 
 VENVS = ROOT / ".venvs"
-
-# Two Pythons at a time, with three processes each: installations and most tests wait more than they work.
-AT_A_TIME = 2
 
 
 def test(version: str, interpreter: Path, arguments: list[str]) -> bool:
@@ -44,7 +40,7 @@ def test(version: str, interpreter: Path, arguments: list[str]) -> bool:
         )
         # Where there is no wheel of these, the tests that need them are skipped.
         run(*install, "--only-binary", ":all:", "--group", "loops")
-        pytest = (python, "-m", "pytest", "-p", "no:cacheprovider", "-n", "3", "--dist", "worksteal")
+        pytest = (python, "-m", "pytest", "-p", "no:cacheprovider", "-n", "4", "--dist", "worksteal")
         passed = is_ready and run(*pytest, *arguments)
     lines = log.read_text(errors="replace").splitlines() or ["no output"]
     report = f"Python {version}: {lines[-1].strip('= ')} ({time.monotonic() - started:.0f} s in all)"
@@ -61,8 +57,7 @@ def main() -> int:
         ends = {*[*found][:1], *[*found][-1:]}
         found = {version: path for version, path in found.items() if version in ends or version.endswith("t")}
     VENVS.mkdir(exist_ok=True)
-    with ThreadPoolExecutor(AT_A_TIME) as pool:
-        passed = list(pool.map(lambda version: test(version, found[version], arguments), found))
+    passed = [test(version, interpreter, arguments) for version, interpreter in found.items()]
     print(f"{sum(passed)} of {len(found)} Pythons passed: {', '.join(found)}")
     return 0 if found and all(passed) else 1
 
