@@ -52,7 +52,7 @@ test-peers: $(INSTALLED) ## Run the tests against real programs (nginx, tinyprox
 test-all: $(INSTALLED) ## Run the tests on every Python from 3.9 on that this machine has
 	$(PY) .ci/test_all.py $(PYTEST_ARGS)
 
-test-ends: $(INSTALLED) ## Run the tests on the oldest, the newest and the free-threaded Pythons of this machine
+test-ends: $(INSTALLED) ## Run the tests on the oldest and the newest Python of this machine
 	$(PY) .ci/test_all.py --ends $(PYTEST_ARGS)
 
 soak: $(INSTALLED) ## Run 20,000 actions against a faulty server, cancel 40,000, and keep to a limit (4 minutes)
