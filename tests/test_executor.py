@@ -31,7 +31,7 @@ from zamp_sdk import (
     RetryPolicy,
 )
 from zamp_sdk.action_executor import executor, lifecycle, notices
-from zamp_sdk.action_executor.replies import Reply
+from zamp_sdk.action_executor.replies import ActionReply
 from zamp_sdk.local_platform import LocalPlatform
 from zamp_sdk.transport import pool
 
@@ -239,9 +239,9 @@ async def test_a_cancellation_that_comes_with_the_result_is_not_lost(
 ) -> None:
     """Up to Python 3.11 wait_for would swallow it, and the caller's task would go on."""
 
-    async def send(*_: Any) -> Reply:
+    async def send(*_: Any) -> ActionReply:
         await asyncio.sleep(0.02)
-        return Reply(200, "act", "COMPLETED", 42)
+        return ActionReply(200, "act", "COMPLETED", 42)
 
     handle = await ActionExecutor.start("wait", 0.0)
     monkeypatch.setattr(executor._Driver, "_send", send)

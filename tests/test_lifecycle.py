@@ -14,16 +14,16 @@ from tests import cases
 from zamp_sdk import ActionFailedError, ActionTimeoutError, HttpClientError, RetryPolicy, transport
 from zamp_sdk.action_executor import lifecycle
 from zamp_sdk.action_executor.lifecycle import Send, Sleep, Steps
-from zamp_sdk.action_executor.params import Request
+from zamp_sdk.action_executor.params import Call
 from zamp_sdk.action_executor.redaction import Redactor
-from zamp_sdk.action_executor.replies import Reply, read_poll
+from zamp_sdk.action_executor.replies import ActionReply, read_poll
 from zamp_sdk.transport import Failure
 
 UNSENT = Failure("connection refused", may_have_left=False, may_retry=True)
 LOST = Failure("connection reset", may_have_left=True, may_retry=True)
 UNTRUSTED = Failure("certificate verify failed", may_have_left=False, may_retry=False)
 TOO_LONG = Failure("the reply is over 64 MiB", may_have_left=True, may_retry=False)
-REQUEST = Request("POST", "/actions")
+REQUEST = Call("POST", "/actions")
 TOKEN = "sk_live_0123456789abcdef"
 REDACT = Redactor(TOKEN)
 
@@ -37,7 +37,7 @@ def reply(status_code: int = 200, body: Any = None, **headers: str) -> transport
     return transport.Reply(status_code, names, body if isinstance(body, bytes) else json.dumps(body).encode())
 
 
-def ended(status: str, result: Any = None, error: Any = None) -> Reply:
+def ended(status: str, result: Any = None, error: Any = None) -> ActionReply:
     """Read a reply that says how an action has ended."""
     body = json.dumps({"id": "act-1", "status": status, "result": result, "error": error}).encode()
     return read_poll("act-1", transport.Reply(200, {}, body), REDACT, 0.0)
@@ -73,13 +73,13 @@ class Simulation:
     def jitter(self) -> float:
         return self._jitter
 
-    def perform(self, steps: Steps) -> Reply:
+    def perform(self, steps: Steps) -> ActionReply:
         answer: lifecycle.Answer | None = None
         while True:
             try:
                 step = steps.send(answer)
             except StopIteration as stop:
-                result: Reply = stop.value
+                result: ActionReply = stop.value
                 return result
             answer = None
             if isinstance(step, Send):
@@ -88,7 +88,7 @@ class Simulation:
                 assert len(self.sent) < 10_000
                 came = self._answer(self)
                 answer = came if isinstance(came, Failure) else step.read(came, REDACT, 0.0)
-                if self.is_limited and isinstance(answer, Reply):
+                if self.is_limited and isinstance(answer, ActionReply):
                     answer = answer._replace(is_paced=lifecycle.is_refusal(answer))
                 self.now += self._round_trip
             else:
@@ -97,10 +97,10 @@ class Simulation:
                 self.slept.append(step.seconds)
                 self.now += step.seconds
 
-    def start(self) -> Reply:
+    def start(self) -> ActionReply:
         return self.perform(lifecycle.start(REQUEST, asking_clock=self.asking_clock, jitter=self.jitter))
 
-    def follow(self, *, started_at: float | None = 1000.0, limit: float = math.inf) -> Reply:
+    def follow(self, *, started_at: float | None = 1000.0, limit: float = math.inf) -> ActionReply:
         steps = lifecycle.follow(
             "act-1",
             clock=self.clock,
@@ -250,7 +250,7 @@ def test_start_keeps_the_id_of_a_refusal() -> None:
 def test_start_understands_an_envelope() -> None:
     """A start's reply may come inside an envelope, and may already have a status."""
     answer = reply(200, {"data": {"id": "act-1", "status": "COMPLETED", "result": 1}, "error": None})
-    assert always(answer).start() == Reply(200, "act-1", "COMPLETED", 1, size=len(answer.body))
+    assert always(answer).start() == ActionReply(200, "act-1", "COMPLETED", 1, size=len(answer.body))
 
 
 @pytest.mark.parametrize(
@@ -364,7 +364,7 @@ def test_a_process_that_was_frozen_between_two_polls_goes_on() -> None:
         limit=math.inf,
     )
     next(steps)
-    assert isinstance(steps.send(Reply(200, "act-1", "RUNNING")), Sleep)
+    assert isinstance(steps.send(ActionReply(200, "act-1", "RUNNING")), Sleep)
     now = 3600.0
     next(steps)
     now = 3601.0
@@ -644,4 +644,4 @@ def test_steps_are_plain_data() -> None:
     assert Sleep(1.0) == Sleep(1.0, None)
     step = next(lifecycle.look("a/b"))
     assert isinstance(step, Send)
-    assert (step.request, step.timeout) == (Request("GET", "/actions/a%2Fb"), 30.0)
+    assert (step.call, step.timeout) == (Call("GET", "/actions/a%2Fb"), 30.0)

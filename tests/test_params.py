@@ -26,10 +26,10 @@ EXCHANGES = json.loads((DATA / "exchanges.json").read_text(encoding="utf-8"))["e
 DURATIONS = json.loads((DATA / "durations.json").read_text(encoding="utf-8"))["rows"]
 
 
-def start(action_name: Any = "a", params: Any = None, **more: Any) -> encoding.Request:
+def start(action_name: Any = "a", params: Any = None, **more: Any) -> encoding.Call:
     """Build a start of which the test names what it is about."""
     arguments = {"summary": None, "retry_policy": None, "start_to_close_timeout": None, "idempotency_key": "k"}
-    return encoding.start_request(action_name, params, **{**arguments, **more})
+    return encoding.start_call(action_name, params, **{**arguments, **more})
 
 
 def recorded_policy(*, initial_interval_seconds: float, maximum_interval_seconds: float, **others: Any) -> RetryPolicy:
@@ -487,4 +487,4 @@ def test_other_arguments_are_checked_by_name(arguments: Any, error: type[Excepti
 )
 def test_an_id_is_never_a_path(action_id: str, path: str) -> None:
     """Whatever the platform gives as an id becomes one path segment."""
-    assert encoding.poll_request(action_id) == encoding.Request("GET", path)
+    assert encoding.poll_call(action_id) == encoding.Call("GET", path)

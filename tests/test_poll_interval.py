@@ -9,9 +9,9 @@ from typing import Callable
 import pytest
 
 from zamp_sdk.action_executor import lifecycle
-from zamp_sdk.action_executor.replies import Reply
+from zamp_sdk.action_executor.replies import ActionReply
 
-RUNNING = Reply(200, status="RUNNING")
+RUNNING = ActionReply(200, status="RUNNING")
 
 # How long the action takes; the mean and the worst lateness, in s too; and the mean number of polls.
 TABLE = [

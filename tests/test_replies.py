@@ -26,12 +26,12 @@ def raw(body: Any, status_code: int = 200, **headers: str) -> transport.Reply:
     return transport.Reply(status_code, names, body if isinstance(body, bytes) else json.dumps(body).encode())
 
 
-def read_start(body: Any, status_code: int = 200, **headers: str) -> replies.Reply:
+def read_start(body: Any, status_code: int = 200, **headers: str) -> replies.ActionReply:
     """Read the reply to a start."""
     return replies.read_start(raw(body, status_code, **headers), REDACT, 0.0)
 
 
-def read_poll(body: Any, status_code: int = 200, **headers: str) -> replies.Reply:
+def read_poll(body: Any, status_code: int = 200, **headers: str) -> replies.ActionReply:
     """Read the reply to a question about the action act-1."""
     return replies.read_poll("act-1", raw(body, status_code, **headers), REDACT, 0.0)
 
@@ -60,7 +60,7 @@ def test_a_recorded_reply_means_what_was_noted_beside_it(reply: Any) -> None:
 @pytest.mark.parametrize("reply", [exchange["reply"]["body"] for exchange in EXCHANGES if "reply" in exchange])
 def test_a_recorded_start_names_its_action(reply: Any) -> None:
     """The reply to a start has the id of the action."""
-    assert read_start(reply) == replies.Reply(200, action_id=reply["id"], size=len(json.dumps(reply)))
+    assert read_start(reply) == replies.ActionReply(200, action_id=reply["id"], size=len(json.dumps(reply)))
 
 
 @pytest.mark.parametrize("action_id", cases.BAD_IDS)

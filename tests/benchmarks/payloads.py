@@ -13,7 +13,7 @@ from decimal import Decimal
 from typing import Any, Callable
 
 from zamp_sdk import ActionExecutor
-from zamp_sdk.action_executor.params import start_request
+from zamp_sdk.action_executor.params import start_call
 
 ROWS = 40_000
 TICK = 0.001  # s between two looks at the clock: as long as a hold has to be to matter
@@ -76,7 +76,7 @@ def _known(value: Any) -> Any:
 
 def body(params: Any) -> bytes:
     """The body of a start with these params, as the SDK writes it."""
-    request = start_request(
+    request = start_call(
         "benchmark",
         params,
         summary=None,

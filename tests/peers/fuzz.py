@@ -192,7 +192,7 @@ def step_through(fuzzer: Fuzzer, budget: int, redact: Redactor) -> tuple[int, st
             limit=3600.0,
         )
     else:
-        steps = lifecycle.start(params.Request("POST", "/actions"), asking_clock=lambda: now, jitter=lambda: 0.5)
+        steps = lifecycle.start(params.Call("POST", "/actions"), asking_clock=lambda: now, jitter=lambda: 0.5)
     used, answer = 0, None
     try:
         while used < budget:

@@ -22,7 +22,7 @@ class Line:
 
 for case in json.loads(sys.argv[1]):
     try:
-        request = params.start_request("a", {"due": eval(case)}, summary=None, retry_policy=None,
+        request = params.start_call("a", {"due": eval(case)}, summary=None, retry_policy=None,
                                      start_to_close_timeout=None, idempotency_key="k")
         print(json.dumps(json.loads(request.body)["params"]["due"]))
     except (TypeError, ValueError) as exc:

@@ -19,9 +19,9 @@ from . import lifecycle
 from .models import ActionStatus, RetryPolicy, SdkConfig, check_type
 from .notices import Notice, add_note, warn, warn_now_and_then
 from .pacing import NAP_MAX, Pace, pace_of
-from .params import is_small, start_request
+from .params import is_small, start_call
 from .redaction import Redactor, one_line
-from .replies import Reply, check_action_id
+from .replies import ActionReply, check_action_id
 
 logger: logging.Logger = logging.getLogger("zamp_sdk")
 
@@ -66,7 +66,7 @@ class ActionHandle(Generic[T_co]):
         action_name: Optional[str] = None,
         started_at: Optional[float] = None,
         limit: float = math.inf,
-        reply: Optional[Reply] = None,
+        reply: Optional[ActionReply] = None,
     ) -> None:
         self._id = action_id
         self._config = config
@@ -329,7 +329,7 @@ async def _start(
     """Start an action; whoever is interrupted meanwhile is told whether it exists."""
     is_wanted = True
     prepare = functools.partial(
-        start_request,
+        start_call,
         action_name,
         params,
         summary=summary,
@@ -340,9 +340,9 @@ async def _start(
     )
     driver = _Driver(config, observe)
     try:
-        request = prepare() if is_small(params) else await in_thread(prepare)
+        call = prepare() if is_small(params) else await in_thread(prepare)
         limit = lifecycle.wait_limit(retry_policy, start_to_close_timeout)  # what can fail does so before the start
-        steps = lifecycle.start(request, asking_clock=driver.asking_clock, jitter=_jitter)
+        steps = lifecycle.start(call, asking_clock=driver.asking_clock, jitter=_jitter)
         reply = await driver.run(steps)
     except ZampError:  # which says it itself
         raise
@@ -367,7 +367,7 @@ def _tell_of_start(exc: BaseException, action_name: str, config: SdkConfig, driv
     name = f"action {one_line(str(action_name))!r}"
     exchange = driver.exchange
     answer = None if exchange is None else exchange.answer
-    if isinstance(answer, Reply) and answer.action_id is not None:
+    if isinstance(answer, ActionReply) and answer.action_id is not None:
         notice = _notice(WAITING, answer.action_id, action_name, config)
     elif exchange is not None and (lifecycle.may_have_started(answer) if answer else exchange.may_have_left):
         notice = Notice(f"{what} while starting {{}}: it may have started all the same", name)
@@ -432,14 +432,14 @@ class _Driver:
         """Return monotonic seconds, without those in which requests waited their turn."""
         return time.monotonic() - self._waited_for_turns
 
-    async def run(self, steps: lifecycle.Steps) -> Reply:
+    async def run(self, steps: lifecycle.Steps) -> ActionReply:
         """Perform the steps, and return what they return or raise what they raise."""
         answer: lifecycle.Answer | None = None
         while True:
             try:
                 step = steps.send(answer)
             except StopIteration as stop:
-                reply: Reply = stop.value
+                reply: ActionReply = stop.value
                 return reply
             if self._observe is not None:
                 self._observe(step)
@@ -477,7 +477,7 @@ class _Driver:
             is_held_back = functools.partial(self._pace.has_cut_since, time.monotonic())
             exchange = self.exchange = Exchange(request, step.timeout, is_held_back)
             answer = await send(exchange)
-        if isinstance(answer, Reply):
+        if isinstance(answer, ActionReply):
             is_refused = lifecycle.is_refusal(answer)
             self.was_refused |= is_refused
             has_changed = self._pace.learn(
@@ -531,16 +531,16 @@ def _tell_of_pace(pace: Pace, base_url: str, retry_after: float | None) -> None:
 def _transport_request(step: lifecycle.Send, config: SdkConfig) -> transport.Request:
     """Add what every request has: the platform, the token, who asks, and how its reply is read, in a thread."""
     return transport.Request(
-        method=step.request.method,
+        method=step.call.method,
         base_url=config.base_url,
-        path=step.request.path,
+        path=step.call.path,
         headers={
-            **step.request.headers,
+            **step.call.headers,
             "Authorization": f"Bearer {config.auth_token}",
             "Accept": "application/json",
             "User-Agent": USER_AGENT,
         },
-        body=step.request.body,
+        body=step.call.body,
         read=lambda raw: step.read(raw, Redactor(config.auth_token, raw.secrets), time.time()),
         redact=lambda text, secrets: one_line(Redactor(config.auth_token, secrets).text(text)),
     )

@@ -1,7 +1,7 @@
 """The life of an action as plain data: what to send next, how long to wait, when to stop. Pure.
 
-A generator yields *steps* (``Send``, ``Sleep``), is sent what became of each ``Send`` (a ``Reply`` or a ``Failure``,
-whose texts are fit to be shown), and returns what was asked for or raises. ``clock`` (monotonic seconds),
+A generator yields *steps* (``Send``, ``Sleep``), is sent what became of each ``Send`` (an ``ActionReply`` or a
+``Failure``, whose texts are fit to be shown), and returns what was asked for or raises. ``clock`` (monotonic seconds),
 ``asking_clock`` (the same, but it stands still while a request waits its turn) and ``jitter`` (0 to 1) are arguments.
 
 - The POST is sent again only if the action provably cannot exist: nothing was sent, or the platform refused it.
@@ -18,9 +18,9 @@ from .. import transport
 from ..errors import ActionFailedError, ActionTimeoutError, HttpClientError
 from ..transport import Failure
 from .models import ActionStatus, RetryPolicy
-from .params import Request, poll_request
+from .params import Call, poll_call
 from .redaction import Redactor, one_line
-from .replies import Reply, read_poll, read_start
+from .replies import ActionReply, read_poll, read_start
 
 if TYPE_CHECKING:
     from datetime import timedelta
@@ -38,14 +38,14 @@ BACKOFF_MIN, BACKOFF_MAX = 0.5, 30.0  # s
 RETRY_AFTER_MAX = 120.0  # s that a poll may be told to wait
 MINIMUM_WAIT_LIMIT = 3600.0  # s
 
-Answer = Union[Reply, Failure]
-Reader = Callable[[transport.Reply, Redactor, float], Reply]
+Answer = Union[ActionReply, Failure]
+Reader = Callable[[transport.Reply, Redactor, float], ActionReply]
 
 
 class Send(NamedTuple):
     """Send this request, within ``timeout`` seconds, and have ``read`` make an answer of what comes back."""
 
-    request: Request
+    call: Call
     read: Reader
     timeout: float = REQUEST_TIMEOUT
     patience: float = math.inf
@@ -70,23 +70,23 @@ class Turn(NamedTuple):
 STARTING = "starting the action"  # what a message says was being done
 
 Step = Union[Send, Sleep, Turn]
-Steps = Generator[Union[Send, Sleep], Any, Reply]
+Steps = Generator[Union[Send, Sleep], Any, ActionReply]
 Clock = Callable[[], float]
 Jitter = Clock
 
 
-def start(request: Request, *, asking_clock: Clock, jitter: Jitter) -> Steps:
+def start(call: Call, *, asking_clock: Clock, jitter: Jitter) -> Steps:
     """Start an action, and return the platform's reply, whose id is one."""
     unsent_since = refused_since = None
     unsent = refused = 0  # tries: those in a row that did not get through, and those refused
     while True:
         asked = asking_clock()
-        answer: Answer = yield Send(request, read_start)
-        if isinstance(answer, Reply) and answer.problem is None:
+        answer: Answer = yield Send(call, read_start)
+        if isinstance(answer, ActionReply) and answer.problem is None:
             return answer
         now = asking_clock()
         error = _http_error(STARTING, answer, may_have_started=may_have_started(answer))
-        if isinstance(answer, Reply) and is_refusal(answer):
+        if isinstance(answer, ActionReply) and is_refusal(answer):
             refused_since = now if refused_since is None else refused_since
             unsent_since, unsent, refused = None, 0, refused + 1
             left = refused_since + REFUSAL_WINDOW - now
@@ -125,7 +125,7 @@ def follow(
         limit: Seconds to wait, and may be inf.
         grace: Seconds beyond the limit for a poll under way, whatever it waits for.
     """
-    request, read = poll_request(action_id), functools.partial(read_poll, action_id)
+    call, read = poll_call(action_id), functools.partial(read_poll, action_id)
     began, failing_since = clock(), asking_clock()
     failures = 0
     status = ""
@@ -133,10 +133,10 @@ def follow(
     while True:
         asked, began_asking = clock(), asking_clock()
         left = began + limit - asked
-        answer: Answer = yield Send(request, read, max(1.0, min(REQUEST_TIMEOUT, left)), left + grace)
+        answer: Answer = yield Send(call, read, max(1.0, min(REQUEST_TIMEOUT, left)), left + grace)
         now = clock()
         error = warning = None
-        if isinstance(answer, Reply) and answer.problem is None:
+        if isinstance(answer, ActionReply) and answer.problem is None:
             if is_over(answer):
                 return answer
             status, failures = str(answer.status), 0
@@ -167,7 +167,7 @@ def follow(
 
 def look(action_id: str) -> Steps:
     """Ask once how an action stands; the reply's status is one that this version knows."""
-    answer: Answer = yield Send(poll_request(action_id), functools.partial(read_poll, action_id))
+    answer: Answer = yield Send(poll_call(action_id), functools.partial(read_poll, action_id))
     if isinstance(answer, Failure) or answer.problem is not None:
         raise _http_error(_asking(action_id), answer, action_id=action_id)
     if answer.status not in ActionStatus.__members__:
@@ -176,7 +176,7 @@ def look(action_id: str) -> Steps:
     return answer
 
 
-def is_refusal(reply: Reply) -> bool:
+def is_refusal(reply: ActionReply) -> bool:
     """Whether a platform has not done what it was asked, because it is asked for too much (RFC 6585, 4)."""
     return reply.status_code == 429 or (reply.status_code == 503 and reply.retry_after is not None)
 
@@ -192,14 +192,14 @@ def may_have_started(answer: Answer) -> bool:
     return not is_refusal(answer) and (code < 200 or code >= 500 or code in (301, 302, 303, 408, 425))
 
 
-def is_over(reply: Reply) -> bool:
+def is_over(reply: ActionReply) -> bool:
     """Whether an action has ended; with a status that nobody knows it has if there is an error or a result."""
     if reply.status in ActionStatus.__members__:
         return reply.status != ActionStatus.RUNNING
     return reply.status is not None and (reply.error is not None or reply.result is not None)
 
 
-def outcome(action_id: str, reply: Reply, action_name: str | None = None) -> Any:
+def outcome(action_id: str, reply: ActionReply, action_name: str | None = None) -> Any:
     """Return the result of an action that has ended; or raise an ActionFailedError."""
     if reply.status == ActionStatus.COMPLETED:
         return reply.result  # the action's own, whatever is in it
@@ -261,9 +261,9 @@ def _wait_after(answer: Answer, failures: int, jitter: float) -> float:
 
     Who was refused takes a place in the line again where ``Retry-After`` is kept for all; a second time, a bit later.
     """
-    if isinstance(answer, Reply) and answer.is_paced:
+    if isinstance(answer, ActionReply) and answer.is_paced:
         return backoff(failures - 1, jitter) if failures > 1 else 0.0
-    if isinstance(answer, Reply) and answer.retry_after is not None:
+    if isinstance(answer, ActionReply) and answer.retry_after is not None:
         return min(max(answer.retry_after, BACKOFF_MIN), RETRY_AFTER_MAX)
     return backoff(failures, jitter)
 

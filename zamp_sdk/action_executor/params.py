@@ -42,7 +42,7 @@ _Place = tuple[Union[str, int, None], ...]
 """Where a value is: the argument's name, then the keys and indexes that lead to it, None for a key itself."""
 
 
-class Request(NamedTuple):
+class Call(NamedTuple):
     """What to send; the executor adds the base URL, the token and the usual headers."""
 
     method: str
@@ -51,7 +51,7 @@ class Request(NamedTuple):
     body: bytes | None = None
 
 
-def start_request(
+def start_call(
     action_name: str,
     params: Any,
     *,
@@ -60,7 +60,7 @@ def start_request(
     start_to_close_timeout: timedelta | None,
     idempotency_key: str,
     is_wanted: Callable[[], bool] = lambda: True,
-) -> Request:
+) -> Call:
     """Build the POST that starts an action; a TypeError or a ValueError names what cannot be sent.
 
     Long params take long; ``is_small`` says which are not. ``is_wanted`` is asked on the way, in whatever thread this
@@ -82,14 +82,14 @@ def start_request(
             raise ValueError(f"action_start_to_close_timeout must be over zero: {start_to_close_timeout}")
         body["start_to_close_timeout_seconds"] = start_to_close_timeout.total_seconds()
     headers = {"Content-Type": "application/json", "Idempotency-Key": idempotency_key}
-    return Request("POST", "/actions", headers, _encoded(body, is_wanted))
+    return Call("POST", "/actions", headers, _encoded(body, is_wanted))
 
 
-def poll_request(action_id: str) -> Request:
+def poll_call(action_id: str) -> Call:
     """Build the GET that asks for an action; the id, percent-encoded whole, can never become a path."""
     from urllib.parse import quote  # not needed to import zamp_sdk, and not cheap
 
-    return Request("GET", f"/actions/{quote(action_id, safe='')}")
+    return Call("GET", f"/actions/{quote(action_id, safe='')}")
 
 
 def is_small(params: Any) -> bool:

@@ -3,8 +3,8 @@
 - A reply is an object, bare or inside ``{"data": {...}, "error": null}``.
 - ``error`` beside a ``status`` belongs to the action; ``error`` without one belongs to the request.
 - ``read_start`` and ``read_poll`` are called in a thread, where everything is done that a long body makes long.
-- Here, and nowhere else, what a peer wrote is made fit to be shown: in a ``Reply`` each text is without secrets, and
-  ``problem`` and ``reason`` are one printable line. Ids, known statuses and results are as the platform gave them.
+- Here, and nowhere else, what a peer wrote is made fit to be shown: in an ``ActionReply`` each text is without secrets,
+  and ``problem`` and ``reason`` are one printable line. Ids, known statuses and results are as the platform gave them.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ REASON_SHOWN = 500
 """Characters of the reason for a failure that a message shows: a long sentence or two."""
 
 
-class Reply(NamedTuple):
+class ActionReply(NamedTuple):
     """What came back, read. It can be used if it has no ``problem``."""
 
     status_code: int
@@ -49,10 +49,10 @@ class Reply(NamedTuple):
     """Likewise."""
 
     def __repr__(self) -> str:  # error reporters ship the repr of variables, and a result is nobody else's business
-        return f"<Reply {self.status_code} of {self.size} bytes>"
+        return f"<ActionReply {self.status_code} of {self.size} bytes>"
 
 
-def read_start(raw: transport.Reply, redact: Redactor, now: float) -> Reply:
+def read_start(raw: transport.Reply, redact: Redactor, now: float) -> ActionReply:
     """Read the reply to a start, which has to name the action; ``now`` is in seconds since 1970."""
     reply, fields = _read(raw, redact, now)
     if reply.problem is not None:
@@ -65,7 +65,7 @@ def read_start(raw: transport.Reply, redact: Redactor, now: float) -> Reply:
     return reply
 
 
-def read_poll(action_id: str, raw: transport.Reply, redact: Redactor, now: float) -> Reply:
+def read_poll(action_id: str, raw: transport.Reply, redact: Redactor, now: float) -> ActionReply:
     """Read the reply to a question about an action, which has to tell its status."""
     reply, fields = _read(raw, redact, now)
     if reply.problem is not None:
@@ -152,10 +152,10 @@ class _UnreadableError(ValueError):
     """Valid JSON that this Python cannot read, now or later."""
 
 
-def _read(raw: transport.Reply, redact: Redactor, now: float) -> tuple[Reply, dict[str, Any]]:
+def _read(raw: transport.Reply, redact: Redactor, now: float) -> tuple[ActionReply, dict[str, Any]]:
     """Return what any reply says, and the fields that it says it in: id, status, result and error."""
     code = raw.status_code
-    reply = Reply(code, size=len(raw.body), retry_after=retry_after(raw.headers, now))
+    reply = ActionReply(code, size=len(raw.body), retry_after=retry_after(raw.headers, now))
     if not 200 <= code < 300:
         may_retry = code < 200 or code >= 500 or code in (408, 425, 429)
         return _unusable(reply, raw, redact, _why_unsuccessful(raw, redact), may_retry=may_retry), {}
@@ -177,7 +177,9 @@ def _read(raw: transport.Reply, redact: Redactor, now: float) -> tuple[Reply, di
     return reply, fields
 
 
-def _unusable(reply: Reply, raw: transport.Reply, redact: Redactor, problem: str, *, may_retry: bool = True) -> Reply:
+def _unusable(
+    reply: ActionReply, raw: transport.Reply, redact: Redactor, problem: str, *, may_retry: bool = True
+) -> ActionReply:
     """Add why a reply cannot be used, and what an error shows of it."""
     headers = {redact.text(name): redact.text(value) for name, value in raw.headers.items()}
     return reply._replace(problem=problem, may_retry=may_retry, headers=headers, body=redact.text(_text(raw)))
