@@ -7,11 +7,14 @@ import contextlib
 import contextvars
 import errno
 import functools
+import gc
 import select
 import socket
 import ssl
+import sysconfig
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Callable
@@ -399,6 +402,29 @@ async def test_what_is_ready_is_not_watched(monkeypatch: pytest.MonkeyPatch) -> 
         with monkeypatch.context() as patch:
             patch.setattr(asyncio.get_running_loop(), "add_reader", None)
             assert await hops.Hops(1.0).until_ready(ours, events=hops.READ)
+
+
+@pytest.mark.skipif(
+    bool(sysconfig.get_config_var("Py_GIL_DISABLED")), reason="free-threaded builds leave more to their collector"
+)
+async def test_a_hop_that_is_waited_for_twice_leaves_nothing_to_the_garbage_collector(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One that takes so long that the loop looks whether a thread has begun it goes when it is over, too."""
+    monkeypatch.setattr(hops, "WITHOUT_THREAD", 0.02)
+    request, gate = hops.Hops(10.0), Gate()
+    gc.collect()
+    gc.disable()
+    try:
+        task = asyncio.ensure_future(request.run(gate))
+        await eventually(gate.has_begun.is_set)
+        hop = weakref.ref(request._hop)
+        await asyncio.sleep(0.1)
+        gate.may_end.set()
+        await task
+        await eventually(lambda: hop() is None)
+    finally:
+        gc.enable()
 
 
 # --- where there is no thread, the loop does it -----------------------------------------------------------------------

@@ -206,16 +206,16 @@ class _Hop(Generic[T]):
 
     def land(self) -> None:
         """Wake who waits for it."""
-        if not self.landed.done():
-            self.landed.set_result(None)
+        _wake(self.landed)
 
     def land_when_ended(self) -> None:
         """Wake who waits for it as soon as it has ended, though its thread goes on."""
         loop = asyncio.get_running_loop()
+        landed = self.landed  # the hop itself has the outcome, which keeps its callbacks: that would be a cycle
 
         def tell(_: object) -> None:
             with contextlib.suppress(RuntimeError):  # the loop is closed
-                loop.call_soon_threadsafe(self.land)
+                loop.call_soon_threadsafe(_wake, landed)
 
         self.outcome.add_done_callback(tell)
 
@@ -224,6 +224,11 @@ class _Hop(Generic[T]):
         self.landed = asyncio.get_running_loop().create_future()
         self.land_when_ended()
         await self.landed
+
+
+def _wake(landed: asyncio.Future[None]) -> None:
+    if not landed.done():
+        landed.set_result(None)
 
 
 class _Ferry:
