@@ -81,7 +81,8 @@ class Soak:
 
     async def _watch(self) -> None:
         while True:
-            self.most_sockets = max(self.most_sockets, sum(pool_state()[-2:]))
+            state = pool_state()
+            self.most_sockets = max(self.most_sockets, state.rooms_taken + state.idle)
             await asyncio.sleep(0.05)
 
     def compare(self, ledger: dict[str, Any]) -> None:
