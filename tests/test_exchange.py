@@ -319,4 +319,4 @@ async def test_requests_leave_nothing_to_the_garbage_collector(server: Server, p
         gc.set_debug(0)
         gc.garbage.clear()
         gc.enable()
-    assert len(left) < 20, left  # not a single object for each action; a thread of an earlier test may leave some
+    assert len(left) < 20, left  # not a single object for each action
