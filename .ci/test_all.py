@@ -54,7 +54,8 @@ def main() -> int:
     arguments = sys.argv[1:]
     if "--ends" in arguments:
         arguments.remove("--ends")
-        found = dict([*list(found.items())[:1], *list(found.items())[-1:]])
+        versions = list(found)
+        found = {version: found[version] for version in versions[:1] + versions[-1:]}
     VENVS.mkdir(exist_ok=True)
     passed = [test(version, interpreter, arguments) for version, interpreter in found.items()]
     print(f"{sum(passed)} of {len(found)} Pythons passed: {', '.join(found)}")

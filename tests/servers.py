@@ -235,6 +235,18 @@ def tunnel(port: int) -> Act:
 
 
 started = reply(200, {"id": ACTION_ID})
+
+
+def started_after(event: threading.Event) -> Act:
+    """Tell of a start when the event is set."""
+
+    def act(wire: Wire) -> bool:
+        assert event.wait(PATIENCE)
+        return started(wire)
+
+    return act
+
+
 completed = reply(200, {"status": "COMPLETED", "result": RESULT})
 running = reply(200, {"status": "RUNNING"})
 

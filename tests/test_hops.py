@@ -46,7 +46,7 @@ from tests.servers import (
     running,
     silent,
     stall_after,
-    started,
+    started_after,
 )
 from zamp_sdk import transport
 from zamp_sdk.transport import (
@@ -551,13 +551,8 @@ async def test_a_reply_that_no_thread_takes_in_time_is_read_all_the_same(pace: P
     loop.set_default_executor(ThreadPoolExecutor(1))
     pace.hurry("POST", 10, 0.5)
     release, answer = threading.Event(), threading.Event()
-
-    def held(wire: Wire) -> bool:
-        assert answer.wait(10)
-        return started(wire)
-
     with Server() as server:
-        server.always("POST", held)
+        server.always("POST", started_after(answer))
         task = asyncio.ensure_future(start(server.url))
         await eventually(lambda: server.count("POST") == 1)
         blocking = threading.Event()

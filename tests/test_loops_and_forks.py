@@ -39,13 +39,13 @@ from tests.servers import (
     RESULT,
     TOKEN,
     Server,
-    Wire,
     eventually,
     hanging_port,
     reply,
     running,
     silent,
     started,
+    started_after,
     then_close,
     tunnel,
 )
@@ -306,13 +306,8 @@ asyncio.run(main())
 def test_a_fork_does_not_disturb_a_request_that_is_under_way() -> None:
     """A child that is forked while its parent waits for a reply leaves that connection alone."""
     release = threading.Event()
-
-    def held(wire: Wire) -> bool:
-        assert release.wait(10)
-        return started(wire)
-
     with Server() as server:
-        server.on("POST", held, then_close(started))
+        server.on("POST", started_after(release), then_close(started))
         with subprocess.Popen(
             [sys.executable, "-c", FORK_IN_FLIGHT, server.url],
             cwd=ROOT,

@@ -30,12 +30,12 @@ from tests.servers import (
     RESULT,
     TOKEN,
     Server,
-    Wire,
     eventually,
     reply,
     running,
     silent,
     started,
+    started_after,
     then_close,
 )
 from zamp_sdk import ActionExecutor
@@ -182,12 +182,7 @@ def test_event_loops_in_threads_wait_in_one_line(pace: Pace, few_rooms: Callable
     few_rooms(1)
     with Server() as server, ThreadPoolExecutor(8) as threads:
         answer = threading.Event()
-
-        def held(wire: Wire) -> bool:
-            assert answer.wait(10)
-            return started(wire)
-
-        server.on("POST", held)
+        server.on("POST", started_after(answer))
         first = threads.submit(asyncio.run, start(server.url))
         wait_until(lambda: server.count("POST") == 1)
         waiting = []

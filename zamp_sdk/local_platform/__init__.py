@@ -71,8 +71,7 @@ class LocalPlatform:
         port: int = 0,
         rate_limit: Optional[float] = None,
     ) -> None:
-        if not isinstance(auth_token, str):
-            raise TypeError(f"auth_token must be text, not {type(auth_token).__name__}")
+        check_type("auth_token", auth_token, str, "text")
         if not re.fullmatch("[!-~]+", auth_token):
             raise ValueError("auth_token must be printable ASCII without white space, and not empty (RFC 6750)")
         _check_number("time_scale", time_scale, "a finite number, not negative", most=sys.float_info.max)
